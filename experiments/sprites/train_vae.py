@@ -1,0 +1,66 @@
+"""First sprites VAE: stills, then clips. Resumable; each stage has its own folder under --output.
+
+    python experiments/sprites/train_vae.py --output runs/sprites
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from longlive_jax.config import VAEConfig
+from longlive_jax.data.sprite_source import make_clip
+from longlive_jax.models.vae import VAE
+from longlive_jax.training.loop import run
+from longlive_jax.training.vae import inflate, latent_statistics, make_vae_step
+
+STAGES = {  # clips a batch, frames a clip, steps, peak learning rate
+    "stills": (16, 1, 3600, 2e-3),
+    "clips": (3, 5, 1800, 1e-3),
+    "long-clips": (1, 13, 500, 3e-4),
+}
+KL_WEIGHT = 3e-4
+
+
+def batch(stage: str, index: int) -> np.ndarray:
+    clips, frames, _, _ = STAGES[stage]
+    return np.stack([make_clip(100 + list(STAGES).index(stage), index * clips + i, frames)["frames"] for i in range(clips)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--base-width", type=int, default=8)
+    args = parser.parse_args()
+
+    cfg = dataclasses.replace(VAEConfig.sprites(), base_width=args.base_width)
+    graph, params = nnx.split(inflate(VAE(cfg, rngs=nnx.Rngs(0))))
+    params = nnx.to_pure_dict(params)
+    for stage, (_, _, steps, rate) in STAGES.items():
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, 100, steps, rate / 20)
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
+        state = {"params": params, "opt": optimizer.init(params), "ema": jax.tree.map(np.array, params)}
+        step = make_vae_step(graph, optimizer, KL_WEIGHT)
+        folder = args.output / f"vae-{stage}"
+        state = run(step, state, functools.partial(batch, stage), steps=steps, folder=folder)
+        params = jax.tree.map(np.array, state["ema"])
+        print(f"{stage} done", flush=True)
+
+    vae = nnx.merge(graph, params)
+    clips = [np.stack([make_clip(999, i * 8 + j, 13)["frames"] for j in range(8)]) for i in range(16)]
+    mean, std = latent_statistics(vae, clips)
+    np.savez(args.output / "vae.npz", **{"/".join(map(str, p)): v for p, v in nnx.traversals.flatten_mapping(params).items()})
+    (args.output / "vae.json").write_text(json.dumps({"latent_mean": mean, "latent_std": std, "base_width": args.base_width}))
+    print(mean, std)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Real-time, interactive, long video generation in JAX."""

@@ -1,0 +1,76 @@
+"""Changing the prompt in the middle of a video (reference section 5, and the paper's two other policies).
+
+`recache`: keys and values of the frames still in the window are made again, with the new prompt, from their latents.
+  sink "keep":    the sink keeps what the prompt of its time made of it; only the window is made again.
+                  (Until the video outgrows the window the sink is part of it, and everything is made again.)
+  sink "refresh": the newest W frames are put into an empty cache, so the first S of them become the sink.
+`keep`: only the text changes; the past stays as the old prompt made it.
+`clear`: nothing of the past is attended any more; positions go on, and the next S frames become the sink.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Num
+
+from longlive_jax.cache import KVCache, Window
+from longlive_jax.config import SamplerConfig
+from longlive_jax.decoding.state import DecodeState
+from longlive_jax.models.transformer import TextKV, WanTransformer
+
+
+def switch_prompt(
+    model: WanTransformer, sampler: SamplerConfig, window: Window, state: DecodeState, prompt_embeds: Num[Array, "b l e"]
+) -> DecodeState:
+    """The state as the next block should find it, with the new prompt. At the start of a video only the text changes."""
+    text_kv = model.text_kv(prompt_embeds)
+    cache = state.cache
+    if sampler.switch == "clear":
+        cache = cache.replace(count=jnp.zeros_like(cache.count))
+    elif sampler.switch == "recache":
+        branches = [
+            lambda cache: cache,
+            lambda cache: rebuild(model, window, state, cache, text_kv),
+            lambda cache: recache_window(model, window, state, cache, text_kv),
+        ]
+        outgrown = state.position > window.slots
+        if sampler.sink == "refresh" or window.ring == 0:
+            branches, outgrown = branches[:2], 0
+        which = jnp.where(state.position == 0, 0, 1 + outgrown)
+        cache = jax.lax.switch(which, branches, cache)
+    return state.replace(text_kv=text_kv, cache=cache)
+
+
+def rebuild(
+    model: WanTransformer, window: Window, state: DecodeState, cache: KVCache, text_kv: TextKV
+) -> KVCache:
+    """An empty cache filled with the newest frames, W or as many as there are, in one bidirectional pass."""
+    slots = window.slots
+    frames = jnp.minimum(state.position, slots)
+    # Oldest first. What follows the newest, while there are fewer than W frames, is masked and overwritten later.
+    latents = jnp.roll(state.recent, frames, axis=1)
+    cache = _clean_pass(model, window, cache.replace(count=jnp.zeros_like(cache.count)), text_kv, latents, state, frames)
+    return cache.replace(count=frames)
+
+
+def recache_window(
+    model: WanTransformer, window: Window, state: DecodeState, cache: KVCache, text_kv: TextKV
+) -> KVCache:
+    """The frames after the sink made again, in one bidirectional pass that sees the sink. For W < frames so far."""
+    # As if the sink were all there is: the window then fills its slots in order.
+    cache = cache.replace(count=jnp.full_like(cache.count, window.sink))
+    latents = state.recent[:, window.sink :]
+    cache = _clean_pass(model, window, cache, text_kv, latents, state, window.ring)
+    return cache.replace(count=jnp.full_like(cache.count, window.slots))
+
+
+def _clean_pass(model, window, cache, text_kv, latents, state, frames) -> KVCache:
+    """One pass at t = 0 over the `frames` newest latents, at their own positions; only its keys and values count."""
+    timesteps = jnp.zeros(latents.shape[:2])
+    dtype = jax.tree.leaves(text_kv)[0].dtype
+    position = state.position - frames
+    _, cache = model.causal(
+        latents.astype(dtype), timesteps, text_kv, cache, window, position, valid=jnp.asarray(frames)
+    )
+    return cache

@@ -1,0 +1,1 @@
+"""Evaluation: figures read off generated frames."""

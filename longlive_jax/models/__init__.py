@@ -1,0 +1,1 @@
+"""The networks: pure maths, no input or output of files."""

@@ -1,0 +1,89 @@
+"""Training the VAE of a small world: stills first, then clips.
+
+L1 reconstruction and a small KL term, AdamW. Stills need a third of the work a frame, so the picture is learnt there;
+`inflate` then starts the clips from a network that treats every frame alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from longlive_jax.models.vae import VAE, Downsample, Upsample
+
+
+def vae_loss(
+    vae: VAE, frames: UInt8[Array, "b t h w 3"], key: PRNGKeyArray, kl_weight: float
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean absolute error of the reconstruction in [-1, 1] plus `kl_weight` times the mean KL a latent number."""
+    video = frames.astype(jnp.float32) / 127.5 - 1
+    mean, log_variance, _ = vae.moments(video)
+    log_variance = jnp.clip(log_variance, -20, 10)
+    noise = jax.random.normal(key, mean.shape)
+    z = mean + jnp.exp(log_variance / 2) * noise
+    cfg = vae.cfg
+    normalised = (z - jnp.asarray(cfg.latent_mean)) / jnp.asarray(cfg.latent_std)
+    pixels, _ = vae.decode(normalised)
+    l1 = jnp.mean(jnp.abs(pixels - video))
+    kl = jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance) / 2
+    return l1 + kl_weight * kl, {"l1": l1, "kl": kl}
+
+
+def inflate(vae: VAE) -> VAE:
+    """Makes time do nothing, in place: convolutions see the newest frame only, changes of frame rate repeat or skip.
+
+    Right after initialisation this lets training on stills carry over to clips, as Wan's VAE grew from an image VAE.
+    """
+    for _, module in nnx.iter_modules(vae):
+        if isinstance(module, (Upsample, Downsample)) and module.time_conv is not None:
+            kernel = module.time_conv.kernel
+            identity = jnp.eye(kernel.shape[3])
+            copies = kernel.shape[4] // kernel.shape[3]
+            kernel.set_value(jnp.zeros(kernel.shape).at[-1, 0, 0].set(jnp.tile(identity, (1, copies))))
+        elif hasattr(module, "valid"):
+            module.kernel.set_value(module.kernel.get_value().at[:-1].set(0.0))
+    return vae
+
+
+def make_vae_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, kl_weight: float) -> Callable:
+    """`step(state, frames, key) -> state, metrics`, jitted with the state donated.
+
+    The state is {"params", "opt", "ema"}; the average decays at 0.999.
+    """
+
+    def loss(params, frames, key):
+        return vae_loss(nnx.merge(graph, params), frames, key, kl_weight)
+
+    def step(state: dict[str, Any], frames, key):
+        grads, metrics = jax.grad(loss, has_aux=True)(state["params"], frames, key)
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        ema = optax.incremental_update(params, state["ema"], 1e-3)
+        return {"params": params, "opt": opt, "ema": ema}, metrics | {"grad_norm": optax.global_norm(grads)}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def latent_statistics(vae: VAE, batches) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel before normalisation, over batches of uint8 clips.
+
+    The spread counts the posterior's own variance: a channel the encoder does not use keeps a spread near 1
+    instead of being blown up to it.
+    """
+    graph, params = nnx.split(vae)
+    moments = jax.jit(lambda params, video: nnx.merge(graph, params).moments(video)[:2])
+    count, total, square = 0, 0.0, 0.0
+    for frames in batches:
+        mean, log_variance = moments(params, jnp.asarray(frames, jnp.float32) / 127.5 - 1)
+        axes = tuple(range(mean.ndim - 1))
+        count += mean[..., 0].size
+        total = total + jnp.sum(mean, axes)
+        square = square + jnp.sum(jnp.square(mean) + jnp.exp(log_variance), axes)
+    average = total / count
+    return average.tolist(), jnp.sqrt(square / count - jnp.square(average)).tolist()
