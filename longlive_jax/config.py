@@ -177,7 +177,7 @@ class SamplerConfig:
       window: latent frames attended, sink and current block included; -1 for all of the past.
       sink_frames: latent frames at the start of the video that stay attended.
       block_frames: latent frames denoised together.
-      steps: the few-step list, in thousandths of noise before warping; strictly falling, within 1000..1.
+      steps: the few-step list, in thousandths of noise before warping; strictly falling.
       warp: whether `steps` index the shifted table (as LongLive) or are timesteps themselves.
       shift: timestep shift of the flow-matching schedule.
       context_noise: timestep given to the clean pass that writes the cache.
@@ -213,8 +213,8 @@ class SamplerConfig:
                 f"window is {self.window} latent frames; it must hold the sink and one block, so at least {least} "
                 f"(or -1 for all of the past)"
             )
-        if not self.steps or any(not 0 < s <= 1000 for s in self.steps):
-            raise UserError(f"steps {list(self.steps)} must be numbers above 0 and at most 1000")
+        if not self.steps or any(not 0 <= s <= 1000 for s in self.steps):
+            raise UserError(f"steps {list(self.steps)} must be one or more numbers from 0 to 1000")
         if any(a <= b for a, b in zip(self.steps, self.steps[1:])):
             raise UserError(f"steps {list(self.steps)} must fall, as in 1000 750 500 250")
         if self.warp and any(s != int(s) for s in self.steps):
@@ -282,20 +282,17 @@ OFFICIAL_NAMES = {
     "timestep_shift": "shift",
     "context_noise": "context_noise",
 }
-"""LongLive v1.0's setting -> ours, where only the name differs. `global_sink` and `use_infinite_attention` are below."""
+"""LongLive v1.0's setting -> ours, where only the name differs. `official_changes` has the rest."""
 
 
-def sampler_from_official(settings: dict[str, Any], base: SamplerConfig | None = None) -> SamplerConfig:
-    """Sampler settings under LongLive v1.0's names (a YAML file of theirs, a parity case); other keys are ignored."""
-    base = base or SamplerConfig()
+def official_changes(settings: dict[str, Any]) -> dict[str, Any]:
+    """Changes to a `SamplerConfig` from settings under LongLive v1.0's names; keys that mean nothing here are ignored."""
     changes = {ours: settings[theirs] for theirs, ours in OFFICIAL_NAMES.items() if theirs in settings}
     if "global_sink" in settings:
         changes["sink"] = "keep" if settings["global_sink"] else "refresh"
-    if settings.get("use_infinite_attention") or settings.get("rope") == "relative":
+    if settings.get("use_infinite_attention"):
         changes["rope"] = "relative"
-    elif settings.get("rope") == "absolute":
-        changes["rope"] = "absolute"
-    return replace(base, **changes)
+    return changes
 
 
 def replace(config, **changes):

@@ -1,0 +1,177 @@
+"""Tensors by name out of `.safetensors` files, sharded folders and PyTorch pickles, one at a time.
+
+Pickles can run code when they are opened: `.pt` and `.pth` files are read by torch's weights-only loader and never
+otherwise. torch is imported only when such a file is opened.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from longlive_jax.checkpoint import SafetensorsPart
+from longlive_jax.errors import UserError
+
+GENERATOR_KEYS = ("generator", "generator_ema", "model")
+"""Entries of a LongLive or Self-Forcing file that hold a DiT, in the order they are tried."""
+
+WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+PREFIXES = re.compile(r"^(?:model\.|module\.)+")
+
+
+class Reader(Protocol):
+    """Tensors of one model part.
+
+    Attributes:
+      where: the file, for messages.
+      paths: every file read from.
+      shapes, dtypes: of each tensor, by its plain name.
+    """
+
+    where: str
+    paths: list[Path]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+
+    def read(self, name: str) -> np.ndarray:
+        """The values of a tensor."""
+        ...
+
+
+class SafetensorsReader:
+    """A `.safetensors` file, or the shards that `<file>.index.json` names."""
+
+    def __init__(self, path: Path):
+        part = SafetensorsPart.open(path)
+        self.where = str(path)
+        self.paths = part.paths
+        self._names = plain_names(part.shapes, self.where)
+        self.shapes = {name: part.shapes[stored] for name, stored in self._names.items()}
+        self.dtypes = {name: part.dtypes[stored] for name, stored in self._names.items()}
+        self._part = part
+
+    def read(self, name: str) -> np.ndarray:
+        return self._part.read(self._names[name])
+
+
+class TorchReader:
+    """A dict of tensors out of a `.pt` or `.pth` file; mapped from disk, unless the file has the old layout."""
+
+    def __init__(self, path: Path, tensors: dict[str, Any], where: str):
+        import torch
+
+        wrong = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+        wrong += [name for name, value in tensors.items() if name not in wrong and value.layout != torch.strided]
+        if wrong:
+            raise UserError(f"{where} holds more than plain tensors: {', '.join(wrong)}; save the state dict alone")
+        self.where = where
+        self.paths = [path]
+        self._names = plain_names(tensors, where)
+        self._tensors = {name: tensors[stored] for name, stored in self._names.items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.dtypes = {name: _numpy_dtype(tensor.dtype) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name].detach().contiguous()
+        dtype = self.dtypes[name]
+        if dtype == ml_dtypes.bfloat16:  # numpy has no such type; the bits go over as integers
+            import torch
+
+            return tensor.view(torch.int16).numpy().view(dtype)
+        return tensor.numpy()
+
+
+def _numpy_dtype(dtype) -> np.dtype:
+    name = str(dtype).removeprefix("torch.")
+    try:
+        return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    except TypeError as error:
+        raise UserError(f"tensors of type {dtype} cannot be converted; save them as float32 or bfloat16") from error
+
+
+def plain_names(stored: Iterable[str], where: str) -> dict[str, str]:
+    """Plain name -> stored name, without the prefixes that wrappers and pipelines put in front.
+
+    Raises:
+      UserError: two tensors have the same plain name.
+    """
+    names: dict[str, str] = {}
+    for name in stored:
+        plain = PREFIXES.sub("", WRAPPERS.sub("", name))
+        if plain in names:
+            raise UserError(f"{where} has both {names[plain]} and {name}, which are the same tensor; remove one")
+        names[plain] = name
+    return names
+
+
+def open_weights(path: str | Path, key: str | None = None, *, keys: tuple[str, ...] = ()) -> Reader:
+    """Opens a file of weights.
+
+    Args:
+      path: `.safetensors` (or where it would be, with an index beside it), `.pt` or `.pth`.
+      key: the entry of a `.pt` dict that holds the tensors; must be there if given.
+      keys: entries tried in this order when no key is given; else the file itself must be the dict of tensors.
+
+    Raises:
+      UserError: the file is missing, damaged, unsafe, or has no such entry.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        if key is not None:
+            raise UserError(f"{path} has no entries to choose from, only tensors; leave out the key '{key}'")
+        return SafetensorsReader(path)
+    loaded = load_pickle(path)
+    found, tensors = choose(loaded, key, keys, str(path))
+    return TorchReader(path, tensors, f"{path} [{found}]" if found else str(path))
+
+
+def choose(loaded: Any, key: str | None, keys: tuple[str, ...], where: str) -> tuple[str | None, dict[str, Any]]:
+    """The entry of a loaded file that holds the tensors, and its name (None for the file itself)."""
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+        raise UserError(f"{where} holds no named tensors; save a state dict")
+    entries = [name for name, value in loaded.items() if isinstance(value, dict)]
+    if key is not None:
+        if key not in entries:
+            there = f"it has {', '.join(entries)}" if entries else "it is a bare dict of tensors, leave out the key"
+            raise UserError(f"{where} has no entry '{key}'; {there}")
+        return key, loaded[key]
+    for name in keys:
+        if name in entries:
+            return name, loaded[name]
+    if entries:
+        known = f"expected one of {', '.join(keys)}" if keys else "expected tensors"
+        raise UserError(f"{where} has {', '.join(entries)}; {known}")
+    return None, loaded
+
+
+def load_pickle(path: Path) -> Any:
+    """A PyTorch file by the weights-only loader; every way it can fail is one line."""
+    if path.suffix not in (".pt", ".pth", ".bin"):
+        raise UserError(f"{path}: only .safetensors, .pt, .pth and .bin files hold weights")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f'reading {path.name} needs PyTorch: pip install "longlive-jax[convert]"') from error
+    try:
+        # Files of torch before 1.6 are no zip archives and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=start == b"PK\x03\x04")
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error):
+            raise UserError(
+                f"{path} is refused: it holds more than weights and could run code; get a .safetensors file, or save "
+                "the state dict alone"
+            ) from error
+        raise UserError(f"{path} is damaged or no PyTorch file; copy or download it again") from error
+    except Exception as error:  # torch raises whatever a damaged archive leads to
+        raise UserError(f"{path} is cut off or damaged; copy or download it again") from error

@@ -1,0 +1,509 @@
+"""The checkpoint folder: config.json, one safetensors file a part, tokenizer.json.
+
+    config.json                 sizes, sampler defaults, provenance; `null` for a text encoder that is not there
+    transformer.safetensors     one tensor a layer ("blocks.3.ffn.up.kernel"), stacked on load
+    vae.safetensors
+    text_encoder.safetensors    above 5 GB: text_encoder.safetensors.index.json and text_encoder-00001-of-00003...
+    tokenizer.json
+
+Files are written tensor by tensor, so a 28 GB checkpoint needs the memory of its largest tensor, in a folder with a
+temporary name beside the target that is renamed at the end: a checkpoint is complete or not there. Each file's header
+holds the sha256 of every tensor; `checkpoint_hash` and `verify` are built on those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from longlive_jax.config import ModelConfig, from_dict, to_dict
+from longlive_jax.errors import UserError
+from longlive_jax.models.text_encoder import TextEncoder
+from longlive_jax.models.transformer import WanTransformer
+from longlive_jax.models.vae import VAE
+
+FORMAT = 1
+"""Version of the layout; raised when an older program could not read what a newer one writes."""
+
+SHARD_BYTES = 5_000_000_000
+"""A part above this is split into files of at most this size (a single larger tensor gets a file of its own)."""
+
+MODULES: dict[str, type[nnx.Module]] = {"transformer": WanTransformer, "vae": VAE, "text_encoder": TextEncoder}
+"""The parts and what they are made of. Each has its sizes in the field of `ModelConfig` of the same name."""
+
+STACKED = "blocks"
+"""The parameters under this name have a leading layer axis in memory, and a tensor a layer in files."""
+
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+}  # fmt: skip
+"""The dtype names of the safetensors format that numpy can hold."""
+
+Params = dict[str, Any]
+"""A pure nested dict of arrays, as `nnx.to_pure_dict` gives it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor whose shape is known and whose values are made when they are written.
+
+    Attributes:
+      name: path in the file, parts joined by dots.
+      shape: its shape.
+      dtype: numpy dtype it is written in; what `make` gives is cast to it.
+      make: gives the values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+# MARK: safetensors files
+
+
+def write_safetensors(path: Path, tensors: Sequence[LazyTensor]) -> dict[str, str]:
+    """Writes one file, holding one tensor at a time. Returns the sha256 of each tensor, which the header has too.
+
+    The header goes first, with zeros for the hashes; they have a fixed length and are filled in at the end.
+    """
+    codes = {np.dtype(kind): code for code, kind in DTYPES.items()}
+    entries, offset = {}, 0
+    for tensor in tensors:
+        ends = [offset, offset + tensor.nbytes]
+        entries[tensor.name] = {"dtype": codes[np.dtype(tensor.dtype)], "shape": tensor.shape, "data_offsets": ends}
+        offset = ends[1]
+    hashes = {tensor.name: "0" * 64 for tensor in tensors}
+    with open(path, "wb") as file:
+        file.write(_header(hashes, entries))
+        for tensor in tensors:
+            values = np.asarray(tensor.make())
+            if values.shape != tuple(tensor.shape):
+                raise ValueError(f"{tensor.name} was announced as {tensor.shape} and made as {values.shape}")
+            data = np.ascontiguousarray(values.astype(tensor.dtype, copy=False)).reshape(-1).view(np.uint8).data
+            hashes[tensor.name] = hashlib.sha256(data).hexdigest()
+            file.write(data)
+        file.seek(0)
+        file.write(_header(hashes, entries))
+        file.flush()
+        os.fsync(file.fileno())
+    return hashes
+
+
+def _header(hashes: dict[str, str], entries: dict[str, dict]) -> bytes:
+    text = json.dumps({"__metadata__": hashes, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the values start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+class SafetensorsFile:
+    """Reads tensors of one file by name; the header is checked against the file's length at once.
+
+    Values are read, not mapped: a mapped file that shrinks kills the process, and its pages count as memory in use.
+
+    Attributes:
+      path: the file.
+      metadata: the header's free part, text by name.
+      shapes, dtypes: of each tensor.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Raises UserError for a file that is missing, cut off, or no safetensors file."""
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > size - 8:
+                    raise UserError(f"{path} is cut off or no safetensors file; copy or download it again")
+                header = json.loads(file.read(length))
+            self._data = 8 + length
+            self.metadata = dict(header.pop("__metadata__", None) or {})
+            self.dtypes = {name: np.dtype(DTYPES[entry["dtype"]]) for name, entry in header.items()}
+            self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+            self._offsets = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+            wrong = [name for name in header if not self._consistent(name)]
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged or no safetensors file; copy or download it again") from error
+        if wrong:
+            raise UserError(f"{path} is damaged (the header contradicts itself at {wrong[0]}); download it again")
+        needed = self._data + max((end for _, end in self._offsets.values()), default=0)
+        if needed != size:
+            state = f"{'cut off' if needed > size else 'damaged'}: it has {size} bytes and should have {needed}"
+            raise UserError(f"{path} is {state}; copy or download it again")
+
+    def _consistent(self, name: str) -> bool:
+        shape, ends = self.shapes[name], self._offsets[name]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, *ends)) and len(ends) == 2
+        return whole and ends[1] - ends[0] == math.prod(shape) * self.dtypes[name].itemsize
+
+    def read(self, name: str) -> np.ndarray:
+        """The values of one tensor, in memory of their own."""
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        values = np.fromfile(self.path, dtype, math.prod(shape), offset=self._data + self._offsets[name][0])
+        if values.size != math.prod(shape):
+            raise UserError(f"{self.path} became shorter while it was read; copy or download it again")
+        return values.reshape(shape)
+
+
+class SafetensorsPart:
+    """The tensors of a model part: one file, or the shards that an index names."""
+
+    def __init__(self, files: Sequence[SafetensorsFile]):
+        self.files = list(files)
+        self._owner = {name: file for file in files for name in file.shapes}
+
+    @classmethod
+    def open(cls, path: Path) -> SafetensorsPart:
+        """Opens `path`, or the shards of `path`.index.json beside it. Raises UserError with all that is wrong."""
+        index = path.with_name(path.name + ".index.json")
+        if path.is_file() or not index.is_file():
+            if not path.is_file():
+                raise UserError(f"{path} is missing (nor is there {index.name})")
+            return cls([SafetensorsFile(path)])
+        try:
+            weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+            names = sorted({Path(name).name for name in weight_map.values()})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is no index of shards; copy or download it again") from error
+        files, faults = [], []
+        for name in names:
+            with collect(faults):
+                if not (path.parent / name).is_file():
+                    raise UserError(f"{path.parent / name} is missing, {index.name} names it")
+                files.append(SafetensorsFile(path.parent / name))
+        part = cls(files)
+        if not faults:
+            lost = [name for name in weight_map if name not in part.shapes]
+            faults += [f"{index} names {', '.join(lost)}, which no shard holds"] if lost else []
+        raise_all(faults)
+        return part
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: file.shapes[name] for name, file in self._owner.items()}
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        return {name: file.dtypes[name] for name, file in self._owner.items()}
+
+    @property
+    def paths(self) -> list[Path]:
+        return [file.path for file in self.files]
+
+    def read(self, name: str) -> np.ndarray:
+        return self._owner[name].read(name)
+
+
+@contextlib.contextmanager
+def collect(faults: list[str]) -> Iterator[None]:
+    """Notes a UserError of its body and goes on, so that all faults can be told at once."""
+    try:
+        yield
+    except UserError as error:
+        faults.append(str(error))
+
+
+def raise_all(faults: Sequence[str], prefix: str = "") -> None:
+    """One UserError with every fault, if there are any."""
+    if faults:
+        count = f"{len(faults)} faults: " if len(faults) > 1 else ""
+        raise UserError(prefix + count + "; ".join(faults))
+
+
+# MARK: parameters and their names in files
+
+
+def abstract_params(part: str, cfg: Any) -> Params:
+    """Shapes and dtypes of a part's parameters, layers stacked; nothing is allocated."""
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: MODULES[part](cfg, rngs=nnx.Rngs(0)))))
+
+
+def tensor_shapes(part: str, cfg: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the file of a part must hold."""
+    return {tensor.name: tensor.shape for tensor in lazy_tensors(abstract_params(part, cfg))}
+
+
+def lazy_tensors(params: Params, dtype: Any = None) -> list[LazyTensor]:
+    """The parameters as tensors of a file: stacked layers cut apart; floating-point values in `dtype` if given."""
+    tensors = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = [str(key.key) for key in keys]
+        kind = np.dtype(dtype) if dtype is not None and jax.dtypes.issubdtype(leaf.dtype, np.floating) else leaf.dtype
+        if path[0] == STACKED and not path[1].isdigit():
+            for i in range(leaf.shape[0]):
+                name = ".".join([STACKED, str(i), *path[1:]])
+                tensors.append(LazyTensor(name, leaf.shape[1:], kind, lambda leaf=leaf, i=i: np.asarray(leaf[i])))
+        else:
+            tensors.append(LazyTensor(".".join(path), leaf.shape, kind, lambda leaf=leaf: np.asarray(leaf)))
+    return tensors
+
+
+def compare_shapes(where: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
+    """One fault for all missing tensors, one for all unexpected ones, one for each wrong shape; each by its name."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    faults = [f"{where} lacks {', '.join(missing)}"] if missing else []
+    faults += [f"{where} has unexpected {', '.join(unexpected)}"] if unexpected else []
+    return faults + [
+        f"{where}: {name} is {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+
+
+def unstack(params: Params) -> Params:
+    """Stacked layers as a dict of layers, for modules made with `stacked=False`."""
+    blocks = params[STACKED]
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    return {**params, STACKED: {i: jax.tree.map(lambda leaf: leaf[i], blocks) for i in range(count)}}  # noqa: B023
+
+
+# MARK: reading a folder
+
+
+def load_config(folder: str | os.PathLike) -> ModelConfig:
+    """The sizes and sampler defaults of a checkpoint folder."""
+    values = _read_config(folder)
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    sizes = {name: value for name, value in values.items() if name in fields}
+    return from_dict(ModelConfig, sizes, str(Path(folder) / "config.json"))
+
+
+def load_provenance(folder: str | os.PathLike) -> dict[str, Any]:
+    """Where the weights come from, as given to `save`."""
+    return _read_config(folder).get("provenance") or {}
+
+
+def _read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise UserError(f"there is no checkpoint folder {folder}; make one with `longlive convert`")
+    if not path.is_file():
+        raise UserError(f"{path} is missing; {folder} is no checkpoint folder, `longlive convert` makes one")
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(values, dict) or "format" not in values:
+        raise UserError(f"{path} is not one of ours; convert original weights first: longlive convert --wan {folder}")
+    if values["format"] != FORMAT:
+        raise UserError(f"{path} has format {values['format']}, this program reads {FORMAT}; update longlive-jax")
+    return values
+
+
+def open_part(folder: str | os.PathLike, part: str, cfg: Any) -> SafetensorsPart:
+    """The files of one part, checked against its sizes `cfg`; one UserError tells all that is wrong."""
+    path = Path(folder) / f"{part}.safetensors"
+    files = SafetensorsPart.open(path)
+    raise_all(compare_shapes(str(path), tensor_shapes(part, cfg), files.shapes))
+    return files
+
+
+def check(folder: str | os.PathLike) -> ModelConfig:
+    """Reads config.json and the headers of all files; one UserError tells all that is wrong with the folder."""
+    config, faults = load_config(folder), []
+    for part in MODULES:
+        if getattr(config, part) is not None:
+            with collect(faults):
+                open_part(folder, part, getattr(config, part))
+    raise_all(faults)
+    return config
+
+
+def load(folder: str | os.PathLike, part: str, dtype: Any = None, *, stacked: bool = True) -> Params:
+    """The parameters of one part as numpy arrays, ready for `nnx.merge`.
+
+    Args:
+      folder: the checkpoint.
+      part: "transformer", "vae" or "text_encoder".
+      dtype: of the arrays; None for what is stored.
+      stacked: layers stacked on a leading axis, or apart, as for a module made with `stacked=False`.
+
+    Raises:
+      UserError: the part is not there, or its files are cut off or do not fit config.json (all faults at once).
+    """
+    cfg = getattr(load_config(folder), part)
+    if cfg is None:
+        raise UserError(f"{folder} has no {part.replace('_', ' ')}; convert it again from a folder that has one")
+    files = open_part(folder, part, cfg)
+    params: Params = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(part, cfg)):
+        path = [key.key for key in keys]
+        if path[0] == STACKED:
+            names = [".".join(map(str, [STACKED, i, *path[1:]])) for i in range(leaf.shape[0])]
+            values = np.empty(leaf.shape, dtype or files.dtypes[names[0]])
+            for i, name in enumerate(names):
+                values[i] = files.read(name)
+        else:
+            values = files.read(".".join(map(str, path)))
+            values = values.astype(dtype or values.dtype, copy=False)
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = values
+    return params if stacked or STACKED not in params else unstack(params)
+
+
+def checkpoint_hash(folder: str | os.PathLike) -> str:
+    """sha256 over sizes, tensors and tokeniser: the same for equal contents, however they are sharded.
+
+    Quick: it reads the tensors' own hashes from the headers, and the values only of files that have none (not ours).
+    """
+    config = load_config(folder)
+    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
+    for part in MODULES:
+        if getattr(config, part) is None:
+            continue
+        files = SafetensorsPart.open(Path(folder) / f"{part}.safetensors")
+        hashes = {name: value for file in files.files for name, value in file.metadata.items()}
+        for name in sorted(files.shapes):
+            value = hashes.get(name) or hashlib.sha256(files.read(name).tobytes()).hexdigest()
+            digest.update(f"{part}.{name} {files.dtypes[name]} {files.shapes[name]} {value}\n".encode())
+    tokenizer = Path(folder) / "tokenizer.json"
+    digest.update(tokenizer.read_bytes() if tokenizer.is_file() else b"")
+    return digest.hexdigest()
+
+
+def verify(folder: str | os.PathLike, hashes: dict[str, dict[str, str]]) -> None:
+    """Reads every tensor back and compares its sha256 with `hashes` (part -> tensor -> sha256)."""
+    faults = []
+    for part, expected in hashes.items():
+        files = SafetensorsPart.open(Path(folder) / f"{part}.safetensors")
+        read = {name: hashlib.sha256(files.read(name).tobytes()).hexdigest() for name in files.shapes}
+        faults += [f"{part}: {n} differs from what was written" for n in expected if read.get(n) != expected[n]]
+    raise_all(faults, "the disk did not keep what was written; write to another disk: ")
+
+
+# MARK: writing a folder
+
+
+def save(
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    params: dict[str, Params | Iterable[LazyTensor]],
+    tokenizer: Any = None,
+    provenance: dict[str, Any] | None = None,
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    verify_written: bool = False,
+    shard_bytes: int | None = None,
+) -> dict[str, dict[str, str]]:
+    """Writes a checkpoint folder: all of it or, on any error, nothing.
+
+    Args:
+      folder: where; must not exist, unless `overwrite` and it is a checkpoint.
+      config: sizes; they must fit the parameters.
+      params: parameters of each part, nested dicts or `LazyTensor`s in the layout of files. A text encoder that is not
+        there is recorded as `null`.
+      tokenizer: a `PromptTokenizer`, or None.
+      provenance: where the weights come from; anything JSON can hold.
+      dtype: floating-point parameters of nested dicts are cast to it; None for as they are.
+      overwrite: replace a checkpoint that is there.
+      verify_written: read everything back before the folder gets its name.
+      shard_bytes: size of a shard; `SHARD_BYTES` by default.
+
+    Returns:
+      sha256 of every tensor, by part and name.
+    """
+    folder = Path(folder)
+    refuse_existing(folder, overwrite)
+    if "text_encoder" not in params:
+        config = dataclasses.replace(config, text_encoder=None)
+    parts = {p: lazy_tensors(v, dtype) if isinstance(v, dict) else list(v) for p, v in params.items()}
+    faults = []
+    for part, tensors in parts.items():
+        found = {tensor.name: tensor.shape for tensor in tensors}
+        faults += compare_shapes(part, tensor_shapes(part, getattr(config, part)), found)
+    raise_all(faults, "the parameters do not fit the config: ")
+    values = {"format": FORMAT, **to_dict(config), "provenance": provenance or {}}
+    with _new_folder(folder) as new:
+        (new / "config.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        hashes = {part: _write_part(new, part, tensors, shard_bytes or SHARD_BYTES) for part, tensors in parts.items()}
+        if tokenizer is not None:
+            tokenizer.save(new)
+        if verify_written:
+            verify(new, hashes)
+    return hashes
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that exists, and always one that is not a checkpoint: it may be somebody's home."""
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise UserError(f"{folder} exists and is kept; choose another output or add --overwrite")
+    if folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()):
+        with contextlib.suppress(UserError):
+            if _read_config(folder) and not folder.is_symlink():
+                return
+        raise UserError(f"{folder} is not a checkpoint folder and is not overwritten; choose another output")
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder with a temporary name beside `folder`; takes its place at the end, or is removed on an error."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            yield new
+            new.chmod(0o755)  # mkdtemp made it private
+            if folder.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+                os.replace(folder, old)
+                os.replace(new, folder)
+                shutil.rmtree(old)
+            else:
+                os.replace(new, folder)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; nothing was written") from error
+
+
+def _write_part(folder: Path, part: str, tensors: list[LazyTensor], shard_bytes: int) -> dict[str, str]:
+    """One file, or shards of at most `shard_bytes` and their index."""
+    shards: list[list[LazyTensor]] = [[]]
+    room = shard_bytes
+    for tensor in tensors:
+        if shards[-1] and tensor.nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        return write_safetensors(folder / f"{part}.safetensors", tensors)
+    hashes, weight_map = {}, {}
+    for number, shard in enumerate(shards, 1):
+        name = f"{part}-{number:05}-of-{len(shards):05}.safetensors"
+        hashes.update(write_safetensors(folder / name, shard))
+        weight_map.update({tensor.name: name for tensor in shard})
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
+    (folder / f"{part}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+    return hashes

@@ -1,0 +1,199 @@
+"""`longlive generate`: prompts to mp4 files, written while they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from longlive_jax.config import FPS, SamplerConfig
+from longlive_jax.errors import UserError
+from longlive_jax.official import OfficialRun, read_official
+from longlive_jax.prompts import (
+    DEFAULT_SECONDS,
+    Schedule,
+    length_note,
+    output_stems,
+    pixel_frames,
+    read_schedules,
+)
+from longlive_jax.sidecar import load_sidecar, record_schedule, sidecar_path, write_sidecar
+from longlive_jax.video import VideoWriter, require_free
+
+SamplerOverrides = dataclasses.make_dataclass(
+    "SamplerOverrides",
+    [(f.name, f"{f.type} | None", dataclasses.field(default=None)) for f in dataclasses.fields(SamplerConfig)],
+    namespace={"__doc__": SamplerConfig.__doc__},
+)
+"""`SamplerConfig` with every field optional: what is left out is the checkpoint's own."""
+
+
+@dataclasses.dataclass
+class Generate:
+    """Make videos from prompts. Several prompts make one video that switches between them.
+
+    Attributes:
+      prompt: what is to be seen; more than one switches in equal parts or at --switch-at.
+      prompts: a file of prompts instead, .txt (one a line) or .jsonl; one video a line, into the folder --output.
+      switch_at: when each prompt after the first starts, in seconds of the video.
+      seconds: length; rounded to whole blocks.
+      seed: of the noise.
+      checkpoint: "sprites" (ships with the package), a checkpoint folder, or a Hugging Face id.
+      output: FILE.mp4 (or a folder with --prompts); outputs/<slug>-<seed>.mp4 by default.
+      overwrite: replace outputs that exist.
+      from_json: make the video of this sidecar FILE.json again.
+      config: settings from a LongLive v1.0 YAML file.
+      scale: whole-number enlargement of small pictures for viewing; chosen by itself if 0.
+      dtype: float32 or bfloat16.
+      sampler: settings of the sampler; the checkpoint's own by default.
+    """
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    prompts: Path | None = None
+    switch_at: tuple[float, ...] = ()
+    seconds: float | None = None
+    seed: int | None = None
+    checkpoint: str | None = None
+    output: Path | None = None
+    overwrite: bool = False
+    from_json: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    config: Path | None = None
+    scale: int = 0
+    dtype: str | None = None
+    sampler: Annotated[SamplerOverrides, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplerOverrides)
+
+    def run(self) -> int:
+        if self.scale < 0:
+            raise UserError(f"--scale is {self.scale}; give 1 or more, or 0 to choose by itself")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise UserError(f"--dtype is '{self.dtype}'; float32 and bfloat16 are known")
+        jobs, settings, checkpoint = self._jobs()
+        for _, target in jobs:
+            require_free(target, self.overwrite)
+            require_free(sidecar_path(target), self.overwrite)
+        console = Console(stderr=True)
+        use_compilation_cache()
+        # Imported here: `longlive --help` and bad input must not wait for jax.
+        from longlive_jax.pipeline import LongLivePipeline
+
+        started = time.monotonic()
+        pipe = LongLivePipeline.from_pretrained(checkpoint, dtype=self.dtype, note=console.print)
+        loaded = time.monotonic() - started
+        for schedule, target in jobs:
+            self._one(pipe, schedule, target, settings, {"load_seconds": round(loaded, 3)}, console)
+        return 0
+
+    def _jobs(self) -> tuple[list[tuple[Schedule, Path]], dict[str, Any], str]:
+        """The videos to make with their files, the sampler's settings, and the checkpoint."""
+        settings = {k: v for k, v in dataclasses.asdict(self.sampler).items() if v is not None}
+        sources = [bool(self.prompt), self.prompts is not None, self.from_json is not None]
+        if sum(sources) != 1:
+            what = "nothing says what to show" if not any(sources) else "prompts, --prompts and --from exclude each other"
+            raise UserError(f'{what}; write longlive generate "a prompt", or --prompts FILE, or --from FILE.json')
+        if self.switch_at and not self.prompt:
+            raise UserError("--switch-at goes with prompts on the command line; files say their own times")
+        official = OfficialRun({}) if self.config is None else read_official(self.config)
+        settings = official.sampler | settings
+        seed = next(s for s in (self.seed, official.seed, 0) if s is not None)
+        checkpoint = self.checkpoint or "sprites"
+        if self.from_json is not None:
+            record = load_sidecar(self.from_json)
+            own = {k: v for k, v in record["settings"].items() if k != "dtype"}
+            self.dtype = self.dtype or record["settings"].get("dtype")
+            schedules = [record_schedule(record, self.from_json)]
+            settings, checkpoint = own | settings, self.checkpoint or record["checkpoint"].get("name", "sprites")
+        elif self.prompts is not None:
+            schedules = read_schedules(self.prompts)
+        else:
+            schedules = [Schedule(self.prompt, self.switch_at or None)]
+        schedules = [self._completed(s, official, seed) for s in schedules]
+        return list(zip(schedules, self._targets(schedules, seed))), settings, checkpoint
+
+    def _completed(self, schedule: Schedule, official: OfficialRun, seed: int) -> Schedule:
+        """The command line goes before what a prompt file says, and that before a YAML file."""
+        times = schedule.switch_seconds
+        if times is None and official.switch_seconds and len(official.switch_seconds) == len(schedule.prompts) - 1:
+            times = official.switch_seconds
+        seconds = next((s for s in (self.seconds, schedule.seconds, official.seconds) if s is not None), DEFAULT_SECONDS)
+        own = schedule.seed if self.seed is None and schedule.seed is not None else seed
+        return dataclasses.replace(schedule, switch_seconds=times, seconds=seconds, seed=own)
+
+    def _targets(self, schedules: list[Schedule], seed: int) -> list[Path]:
+        if self.prompts is not None:
+            folder = self.output or Path("outputs")
+            if folder.suffix.lower() == ".mp4":
+                raise UserError(f"--prompts makes one video a line, so --output must be a folder, not {folder}")
+            return [folder / f"{stem}.mp4" for stem in output_stems(schedules, seed)]
+        if self.output is None:
+            return [Path("outputs") / f"{stem}-{s.seed}.mp4" for stem, s in zip(output_stems(schedules, seed), schedules)]
+        if self.output.suffix.lower() != ".mp4":
+            raise UserError(f"--output is {self.output}; a video's name must end in .mp4")
+        return [self.output]
+
+    def _one(self, pipe, schedule: Schedule, target: Path, settings, timings: dict[str, Any], console) -> None:
+        stream = pipe.stream(schedule, **settings)
+        plan, block = stream.plans[0], stream.sampler.block_frames
+        if note := length_note(schedule.seconds, block):
+            console.print(note)
+        for asked, applied, text in zip(plan.asked_seconds, plan.applied_seconds, plan.prompts[1:]):
+            console.print(f"switch at {asked:g} s takes effect at {applied:g} s: {text}", highlight=False)
+        from longlive_jax import memory
+
+        parts = memory.estimate(pipe.config, stream.sampler, 1, plan.num_frames, pipe.dtype)
+        console.print(f"memory: {memory.describe(parts)}", highlight=False)
+        started = time.monotonic()
+        marks = []
+        total = pixel_frames(plan.num_frames)
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+            console=console, transient=False,
+        )  # fmt: skip
+        with bar, VideoWriter(target, scale=self.scale or "auto", overwrite=self.overwrite) as writer:
+            task = bar.add_task(target.name, total=total, rate="compiling")
+            for frames in stream:
+                writer.write(frames[0])
+                marks.append((time.monotonic() - started, writer.frames_written))
+                bar.update(task, completed=writer.frames_written, rate=_rate(marks))
+        timings |= measured(marks)
+        record = stream.run_record(timings)
+        from longlive_jax.pipeline import record_of
+
+        write_sidecar(target, record_of(plan, stream.seeds[0], record), overwrite=self.overwrite)
+        console.print(
+            f"{target}: {total} frames, {total / FPS:g} s of video; first frame after "
+            f"{timings['first_frame_seconds']:.1f} s, then {timings['frames_per_second']:.1f} frames a second",
+            highlight=False,
+        )
+
+
+def _rate(marks: list[tuple[float, int]]) -> str:
+    """Frames a second since the first block, whose time is mostly compilation."""
+    if len(marks) < 2:
+        return ""
+    (start, before), (end, after) = marks[0], marks[-1]
+    return f"{(after - before) / max(end - start, 1e-9):.1f} fps"
+
+
+def measured(marks: list[tuple[float, int]]) -> dict[str, float]:
+    """Timings for the sidecar. Blocks after the first (compilation); pixels on the host and written included."""
+    (start, before), (end, after) = marks[0], marks[-1]
+    rate = (after - before) / (end - start) if len(marks) > 1 else after / start
+    return {
+        "first_frame_seconds": round(start, 3),
+        "seconds": round(end, 3),
+        "frames_per_second": round(rate, 2),
+    }
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, where the user's cache folder is, unless jax was told otherwise."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and sys.platform != "win32":
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "longlive_jax" / "compiled")

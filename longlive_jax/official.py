@@ -1,0 +1,90 @@
+"""LongLive v1.0's YAML files, read as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longlive_jax.config import OFFICIAL_NAMES, SamplerConfig, official_changes, replace, unknown_name
+from longlive_jax.errors import UserError
+from longlive_jax.prompts import LATENTS_PER_SECOND
+
+USED = (*OFFICIAL_NAMES, "global_sink", "use_infinite_attention", "num_output_frames", "seed", "switch_frame_indices")
+"""Keys that say how a video is decoded."""
+
+ELSEWHERE = {
+    "model_name": "the checkpoint says it",
+    "generator_ckpt": "longlive convert --generator",
+    "lora_ckpt": "longlive convert --lora",
+    "adapter": "longlive convert --lora, --lora-alpha",
+    "use_ema": "longlive convert --generator-key generator_ema",
+    "data_path": "longlive generate --prompts",
+    "output_folder": "longlive generate --output",
+    "num_samples": "run again with another --seed",
+    "inference_iter": "every prompt of the file is made",
+    "save_with_index": "outputs are named by prompt and seed",
+}
+"""Keys of inference files that have no say here, and where their affair is settled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OfficialRun:
+    """What a v1.0 inference file says.
+
+    Attributes:
+      sampler: changes to `SamplerConfig`.
+      seconds: length, from `num_output_frames` (latent frames).
+      seed: of the noise.
+      switch_seconds: from `switch_frame_indices` (latent frames).
+      elsewhere: keys that were read and do nothing, with where their affair is settled.
+    """
+
+    sampler: dict[str, Any]
+    seconds: float | None = None
+    seed: int | None = None
+    switch_seconds: tuple[float, ...] | None = None
+    elsewhere: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def read_official(path: str | Path) -> OfficialRun:
+    """Reads an inference YAML of LongLive v1.0.
+
+    Raises:
+      UserError: no such file, no YAML, or a key nobody knows (the nearest name is offered).
+    """
+    path = Path(path)
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path given to --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        raise UserError(f"{path}{f':{where.line + 1}' if where else ''}: not valid YAML") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: expected a table of settings as in LongLive's configs")
+    settings = {k: v for k, v in loaded.items() if k != "model_kwargs"} | (loaded.get("model_kwargs") or {})
+    for key in settings:
+        if key not in USED and key not in ELSEWHERE:
+            raise UserError(f"{path}: {unknown_name('key', str(key), (*USED, *ELSEWHERE))}")
+    try:
+        sampler = official_changes(settings)
+        replace(SamplerConfig(), **sampler)
+        frames, switches = settings.get("num_output_frames"), settings.get("switch_frame_indices")
+        return OfficialRun(
+            sampler=sampler,
+            seconds=None if frames is None else int(frames) / LATENTS_PER_SECOND,
+            seed=settings.get("seed"),
+            switch_seconds=None if switches is None else _frames(switches),
+            elsewhere={k: v for k, v in ELSEWHERE.items() if k in settings},
+        )
+    except (UserError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _frames(text: str | int | list) -> tuple[float, ...]:
+    """Latent frames as LongLive writes them, "40, 80, 120" or a list, in seconds."""
+    parts = str(text).split(",") if isinstance(text, (str, int)) else text
+    return tuple(int(part) / LATENTS_PER_SECOND for part in parts)

@@ -1,0 +1,391 @@
+"""`LongLivePipeline`: prompts in, video out. Joins tokeniser, text encoder, decoder and VAE of one checkpoint.
+
+    pipe = LongLivePipeline.from_pretrained("sprites")
+    video = pipe([(0, "a small red star stays still over a night sky"), (5, "a small blue star ...")], seconds=10)
+    video.save("stars.mp4")
+
+    stream = pipe.stream("a small red star stays still over a night sky")
+    for frames in stream:                      # uint8 [1, t, H, W, 3], block by block, for ever
+        stream.set_prompt("a large red star bounces around over a night sky")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longlive_jax import checkpoint, hub, memory, sharding
+from longlive_jax.cache import Window
+from longlive_jax.config import MAX_ABSOLUTE_FRAMES, ModelConfig, SamplerConfig, replace, to_dict
+from longlive_jax.decoding.decoder import Decoder
+from longlive_jax.decoding.state import BlockInputs, drop_filler
+from longlive_jax.errors import UserError
+from longlive_jax.models.text_encoder import TextEncoder
+from longlive_jax.models.transformer import WanTransformer
+from longlive_jax.models.vae import VAE
+from longlive_jax.prompts import LATENTS_PER_SECOND, MAX_SEED, Plan, Schedule
+from longlive_jax.sidecar import make_record, write_sidecar
+from longlive_jax.tokenizer import PromptTokenizer
+from longlive_jax.video import VideoWriter
+
+Prompts = str | Schedule | Sequence[Any]
+"""A text; a timeline `[(0, text), (5, text)]`; a `Schedule`; or a list of texts or schedules, one video each."""
+
+_init = jax.jit(Decoder.init, static_argnums=0)
+_step = jax.jit(Decoder.step, static_argnums=0, donate_argnums=2)
+_switch = jax.jit(Decoder.switch, static_argnums=0, donate_argnums=2)
+_scan = jax.jit(Decoder.scan, static_argnums=0, donate_argnums=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Finished videos of one call.
+
+    Attributes:
+      frames: uint8 [B, T, H, W, 3].
+      latents: float32 [B, F, h, w, C], normalised.
+      plans: prompts and switches of each video, as applied.
+      seeds: of each video.
+      record: settings, checkpoint and timings, for the sidecar.
+    """
+
+    frames: np.ndarray
+    latents: np.ndarray
+    plans: tuple[Plan, ...]
+    seeds: tuple[int, ...]
+    record: dict[str, Any]
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Writes an mp4 and its sidecar JSON for each video; several get "-0", "-1" before the suffix."""
+        path = Path(path)
+        many = len(self.frames) > 1
+        paths = [path.with_stem(f"{path.stem}-{i}") if many else path for i in range(len(self.frames))]
+        for i, target in enumerate(paths):
+            with VideoWriter(target, overwrite=overwrite) as writer:
+                writer.write(self.frames[i])
+            write_sidecar(target, record_of(self.plans[i], self.seeds[i], self.record), overwrite=overwrite)
+        return paths
+
+
+def record_of(plan: Plan, seed: int, run: dict[str, Any]) -> dict[str, Any]:
+    """The sidecar of one video: its plan and seed, and the settings, checkpoint and timings of its run."""
+    return make_record(
+        prompts=plan.prompts,
+        asked_seconds=plan.asked_seconds,
+        applied_seconds=plan.applied_seconds,
+        seconds=plan.num_frames / LATENTS_PER_SECOND,
+        seed=seed,
+        **run,
+    )
+
+
+class LongLivePipeline:
+    """A loaded checkpoint. See the module's docstring; `from_pretrained` makes one.
+
+    Attributes:
+      config: sizes of the networks and the sampler's defaults.
+      dtype: of activations and of the KV cache.
+      mesh: devices to spread over, or None for one.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict[str, Any],
+        tokenizer: PromptTokenizer | None,
+        *,
+        dtype: Any = jnp.float32,
+        mesh: jax.sharding.Mesh | None = None,
+        checkpoint_info: dict[str, Any] | None = None,
+        note: Callable[[str], None] | None = None,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.mesh = mesh
+        self.checkpoint_info = checkpoint_info or {}
+        self._note = note or (lambda line: print(line, file=sys.stderr))
+        self._tokenizer = tokenizer
+        self._text_params = params.get("text_encoder")
+        parts = {name: params[name] for name in ("transformer", "vae")}
+        self.params = sharding.shard_params(parts, mesh)
+        self._transformer = structure(lambda: WanTransformer(config.transformer, rngs=nnx.Rngs(0)))
+        self._vae = structure(lambda: VAE(config.vae, rngs=nnx.Rngs(0)))
+        self._embeds: dict[str, jax.Array] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path = "sprites", *, dtype: Any = None, mesh=None, note: Callable[[str], None] | None = None
+    ) -> LongLivePipeline:
+        """Loads a checkpoint.
+
+        Args:
+          source: "sprites" (ships with the package), a checkpoint folder, or a Hugging Face id of one.
+          dtype: of weights and activations; bfloat16 on an accelerator, float32 on a CPU by default.
+          mesh: see `longlive_jax.sharding.make_mesh`.
+          note: gets one-line messages; standard error by default.
+
+        Raises:
+          UserError: nothing there, or a faulty checkpoint.
+        """
+        folder = hub.find(source)
+        config = checkpoint.load_config(folder)
+        dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+        parts = ["transformer", "vae"] + ["text_encoder"] * (config.text_encoder is not None)
+        params = {part: checkpoint.load(folder, part, dtype) for part in parts}
+        has_tokenizer = (folder / "tokenizer.json").exists()
+        tokenizer = PromptTokenizer.from_folder(folder, config.transformer.text_length) if has_tokenizer else None
+        info = {"name": str(source), "hash": checkpoint.checkpoint_hash(folder)}
+        return cls(config, params, tokenizer, dtype=dtype, mesh=mesh, checkpoint_info=info, note=note)
+
+    def __call__(
+        self,
+        prompts: Prompts,
+        *,
+        seconds: float | None = None,
+        seed: int | Sequence[int] = 0,
+        decode: str = "scan",
+        **settings,
+    ) -> Video:
+        """Makes whole videos.
+
+        Args:
+          prompts: see `Prompts`. Videos of one call must switch prompts at the same times.
+          seconds: length of those that do not say their own; 5 by default.
+          seed: of the noise; one for all videos, or one each. A video depends on its own seed only.
+          decode: "scan" (one compiled loop over all blocks) or "blocks" (the streaming path); equal results.
+          **settings: any field of `SamplerConfig`, such as `window=9`, `switch="keep"`, `height=480`.
+
+        Raises:
+          UserError: anything that cannot be done, with the way out.
+        """
+        if decode not in ("scan", "blocks"):
+            raise UserError(f"decode is '{decode}'; 'scan' and 'blocks' are known")
+        started = time.monotonic()
+        stream = self.stream(prompts, seconds=5.0 if seconds is None else seconds, seed=seed, **settings)
+        if decode == "scan":
+            frames, latents = stream.scan()
+        else:
+            blocks = [(block, stream.latents) for block in stream]
+            frames, latents = (np.concatenate(parts, axis=1) for parts in zip(*blocks))
+        timings = {"seconds": round(time.monotonic() - started, 3)}
+        return Video(frames, latents, stream.plans, stream.seeds, stream.run_record(timings))
+
+    def stream(
+        self, prompts: Prompts, *, seconds: float | None = None, seed: int | Sequence[int] = 0, **settings
+    ) -> VideoStream:
+        """Starts videos that are made block by block: iterate for frames, `set_prompt` between blocks.
+
+        Args:
+          prompts, seed, **settings: as for a call.
+          seconds: length; None goes on until the caller stops (with relative RoPE, which has no end).
+        """
+        schedules = as_schedules(prompts)
+        sampler = replace(self.config.sampler, **settings)
+        sampler.check_size(self.config.transformer.patch)
+        endless = seconds is None and all(s.seconds is None for s in schedules)
+        if endless and any(len(s.prompts) > 1 and s.switch_seconds is None for s in schedules):
+            raise UserError("prompts in equal parts need a length; give seconds, or the times of the switches")
+        plans = tuple(self._plan(s, sampler, seconds, endless) for s in schedules)
+        if len({(p.num_frames, p.switch_blocks) for p in plans}) > 1:
+            raise UserError("the videos of one batch must have one length and switch prompts at the same times")
+        seeds = as_seeds(seed, schedules)
+        sampler = self._decide_rope(sampler, None if endless else plans[0].num_frames)
+        if sampler.window == -1 and endless:
+            raise UserError("a window of -1 remembers everything, so the video needs a length; give seconds")
+        memory.check(self.config, sampler, len(plans), plans[0].num_frames, self.dtype, loaded=True)
+        return VideoStream(self, sampler, plans, seeds, endless)
+
+    def encode_prompts(self, texts: Sequence[str]) -> jax.Array:
+        """Prompt embeddings [B, L, D], each text encoded once and remembered.
+
+        Raises:
+          UserError: the checkpoint has no text encoder or tokeniser.
+        """
+        if self._text_params is None or self._tokenizer is None:
+            missing = "text encoder" if self._text_params is None else "tokeniser"
+            raise UserError(
+                f"this checkpoint has no {missing}, so it cannot read prompts; convert again from a folder that has "
+                "models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/, or pass embeddings to the decoder yourself"
+            )
+        new = list(dict.fromkeys(t for t in texts if t not in self._embeds))
+        if new:
+            tokens = self._tokenizer(new)
+            for text in (t for t, cut in zip(new, tokens.truncated) if cut):
+                self._note(f"prompt longer than {self.config.transformer.text_length} tokens, cut: {text[:60]}...")
+            graph = structure(lambda: TextEncoder(self.config.text_encoder, rngs=nnx.Rngs(0)))
+            embeds = _encode_text(graph, self._text_params, tokens.ids, tokens.mask, self.dtype)
+            self._embeds.update(zip(new, embeds))
+        return jnp.stack([self._embeds[t] for t in texts])
+
+    def decoder(self, sampler: SamplerConfig, num_frames: int) -> Decoder:
+        """The pure decoder behind this pipeline, for those who jit it themselves; use with `params`."""
+        window = Window.of(sampler, num_frames)
+        return Decoder(self._transformer, self._vae, sampler, window, dtype=self.dtype.name)
+
+    def _plan(self, schedule: Schedule, sampler: SamplerConfig, seconds: float | None, endless: bool) -> Plan:
+        if endless:
+            last = max(schedule.switch_seconds or (0.0,))
+            seconds = last + 2 * sampler.block_frames * len(schedule.prompts) / LATENTS_PER_SECOND
+        return schedule.plan(sampler.block_frames, seconds)
+
+    def _decide_rope(self, sampler: SamplerConfig, num_frames: int | None) -> SamplerConfig:
+        long = num_frames is None or num_frames > MAX_ABSOLUTE_FRAMES
+        if sampler.rope == "auto":
+            if long and num_frames is not None:
+                self._note(
+                    f"{num_frames} latent frames are more than absolute RoPE's {MAX_ABSOLUTE_FRAMES}: using rope=relative"
+                )
+            sampler = dataclasses.replace(sampler, rope="relative" if long else "absolute")
+        limit = MAX_ABSOLUTE_FRAMES / LATENTS_PER_SECOND
+        if long and (sampler.rope == "absolute" or sampler.window == -1):
+            raise UserError(
+                f"{'an open-ended video' if num_frames is None else f'{num_frames} latent frames'} does not fit the "
+                f"{MAX_ABSOLUTE_FRAMES} temporal positions ({limit:g} s); use rope relative with a window of fixed size"
+            )
+        return sampler
+
+
+class VideoStream:
+    """Videos in the making. Iterating gives each block's frames, uint8 [B, t, H, W, 3], as soon as they are made.
+
+    Attributes:
+      plans: one a video. Prompts set by `set_prompt` come on top.
+      seeds: one a video.
+      latents: of the newest block, float32 [B, f, h, w, C].
+      position: latent frames made so far.
+      applied: (seconds, prompts) of every prompt change so far, as it took effect.
+    """
+
+    def __init__(self, pipe: LongLivePipeline, sampler: SamplerConfig, plans, seeds, endless: bool):
+        self.pipe, self.sampler, self.plans, self.seeds, self.endless = pipe, sampler, plans, seeds, endless
+        self.decoder = pipe.decoder(sampler, plans[0].num_frames)
+        self.position = 0
+        self.latents: np.ndarray | None = None
+        self.applied: list[tuple[float, tuple[str, ...]]] = []
+        self._asked: tuple[str, ...] | None = None
+        self._embeds = self._encode([plan.prompts for plan in plans])
+        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        first, keys = sharding.shard_batch((self._embeds[0], keys), pipe.mesh)
+        self._state = _init(self.decoder, pipe.params, first, keys)
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Blocks in all; None for a stream without end."""
+        return None if self.endless else self.plans[0].num_frames // self.sampler.block_frames
+
+    def set_prompt(self, text: str | Sequence[str]) -> float:
+        """Changes the prompt (of all videos, or one text each) at the next block; returns that time in seconds.
+
+        Setting it again before the next block replaces it.
+        """
+        texts = (text,) * len(self.plans) if isinstance(text, str) else tuple(text)
+        if len(texts) != len(self.plans):
+            raise UserError(f"{len(texts)} prompts for {len(self.plans)} videos; give one, or one each")
+        for one in texts:
+            Schedule((one,))  # refuses what no prompt can be
+        self._asked = texts
+        return self.position / LATENTS_PER_SECOND
+
+    def __iter__(self) -> VideoStream:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        block = self.position // self.sampler.block_frames
+        if self.num_blocks is not None and block >= self.num_blocks:
+            raise StopIteration
+        texts, embeds = self._prompt_for(block)
+        pipe, first = self.pipe, self.position == 0
+        if embeds is not None:
+            if first:  # nothing to recache: the state is made anew with the text that was set before the start
+                self._state = _init(self.decoder, pipe.params, embeds, self._state.keys)
+            else:
+                self._state = _switch(self.decoder, pipe.params, self._state, embeds)
+            self.applied.append((self.position / LATENTS_PER_SECOND, texts))
+        self._state, out = _step(self.decoder, pipe.params, self._state)
+        self.position += self.sampler.block_frames
+        self.latents = np.asarray(out.latents)
+        return drop_filler(np.asarray(out.frames), first)
+
+    def scan(self) -> tuple[np.ndarray, np.ndarray]:
+        """All blocks by one compiled scan: frames [B, T, H, W, 3] and latents [B, F, h, w, C]."""
+        if self.endless or self.position:
+            raise UserError("a scan makes a whole video of known length from the start; iterate instead")
+        plan = self.plans[0]
+        blocks = np.arange(self.num_blocks)
+        starts = np.asarray(plan.switch_blocks, int)
+        prompt = (blocks[:, None] >= starts[None]).sum(1)
+        inputs = BlockInputs(switch=jnp.asarray(np.isin(blocks, starts)), prompt=jnp.asarray(prompt, jnp.int32))
+        embeds = sharding.shard_batch(self._embeds, self.pipe.mesh, axis=1)
+        self._state, out = _scan(self.decoder, self.pipe.params, self._state, inputs, embeds)
+        self.position = plan.num_frames
+        frames, latents = (np.concatenate(np.asarray(a), axis=1) for a in (out.frames, out.latents))
+        return drop_filler(frames, True), latents
+
+    def run_record(self, timings: dict[str, Any]) -> dict[str, Any]:
+        """Settings, checkpoint and timings for a sidecar."""
+        settings = to_dict(self.sampler) | {"dtype": self.pipe.dtype.name}
+        return {"settings": settings, "checkpoint": self.pipe.checkpoint_info, "timings": timings}
+
+    def _prompt_for(self, block: int):
+        """Texts and embeddings if the prompt changes at this block: what was asked for live goes before the plan."""
+        planned = self.plans[0].switch_blocks
+        if self._asked is not None:
+            texts, self._asked = self._asked, None
+            return texts, sharding.shard_batch(self.pipe.encode_prompts(texts), self.pipe.mesh)
+        if block in planned:
+            number = planned.index(block) + 1
+            return tuple(p.prompts[number] for p in self.plans), sharding.shard_batch(
+                self._embeds[number], self.pipe.mesh
+            )
+        return None, None
+
+    def _encode(self, prompts: Sequence[tuple[str, ...]]) -> jax.Array:
+        """[P, B, L, D] for B videos of P prompts each."""
+        return jnp.stack([self.pipe.encode_prompts(texts) for texts in zip(*prompts)])
+
+
+def structure(make: Callable[[], nnx.Module]) -> nnx.GraphDef:
+    """What a network is without its parameters; allocates nothing."""
+    return nnx.split(nnx.eval_shape(make))[0]
+
+
+def as_schedules(prompts: Prompts) -> list[Schedule]:
+    """One schedule a video, from all that `Prompts` allows."""
+    if isinstance(prompts, str):
+        return [Schedule((prompts,))]
+    if isinstance(prompts, Schedule):
+        return [prompts]
+    prompts = list(prompts)
+    if prompts and all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[1], str) for p in prompts):
+        return [Schedule.from_timeline(prompts)]
+    if not prompts:
+        raise UserError("there is no prompt; give a text, a list of texts, or [(0, text), (seconds, text), ...]")
+    return [schedule for prompt in prompts for schedule in as_schedules(prompt)]
+
+
+def as_seeds(seed: int | Sequence[int], schedules: Sequence[Schedule]) -> tuple[int, ...]:
+    """One seed a video; a schedule's own goes first."""
+    seeds = [seed] * len(schedules) if isinstance(seed, (int, np.integer)) else list(seed)
+    if len(seeds) != len(schedules):
+        raise UserError(f"{len(seeds)} seeds for {len(schedules)} videos; give one, or one each")
+    seeds = [own.seed if own.seed is not None else given for own, given in zip(schedules, seeds)]
+    for one in seeds:
+        if not (isinstance(one, (int, np.integer)) and 0 <= one <= MAX_SEED):
+            raise UserError(f"seed is {one!r}; it must be a whole number from 0 to {MAX_SEED}")
+    return tuple(int(s) for s in seeds)
+
+
+def _encode_text_impl(graph, params, ids, mask, dtype):
+    return nnx.merge(graph, params)(ids, mask, dtype=dtype)
+
+
+_encode_text = jax.jit(_encode_text_impl, static_argnums=(0, 4))

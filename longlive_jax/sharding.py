@@ -1,0 +1,78 @@
+"""Where arrays live on a mesh: one table from parameter path to axes, and the batch over the data axes.
+
+Axes: `data` (videos), `fsdp` (videos, and parameters cut up), `context` (tokens of one video), `tensor` (heads and
+hidden widths). The compiler places the activations from these; a mesh changes where numbers are computed, not which.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from longlive_jax.errors import UserError
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+PARAM_SPECS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # Path in the parameter tree -> axes of the *last* dimensions (a stacked layer axis in front stays whole).
+    (r"blocks/.*(self_attn|cross_attn)/(q|k|v)/kernel", ("fsdp", "tensor")),  # [D, D]
+    (r"blocks/.*(self_attn|cross_attn)/o/kernel", ("tensor", "fsdp")),  # [D, D]
+    (r"blocks/.*ffn/up/kernel", ("fsdp", "tensor")),  # [D, F]
+    (r"blocks/.*ffn/down/kernel", ("tensor", "fsdp")),  # [F, D]
+    (r"blocks/.*ffn/up/bias", ("tensor",)),  # [F]
+    (r"(patch_embedding|text_embedding/.*|time_embedding/.*|time_projection|head/linear)/kernel", ("fsdp", None)),
+)
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of the first data x fsdp x context x tensor devices.
+
+    Raises:
+      UserError: there are too few devices.
+    """
+    sizes = (data, fsdp, context, tensor)
+    devices = jax.devices() if devices is None else devices
+    needed = data * fsdp * context * tensor
+    if min(sizes) < 1 or needed > len(devices):
+        shape = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes))
+        raise UserError(f"mesh {shape} needs {needed} devices, there are {len(devices)}; make an axis smaller")
+    # Auto axes: the compiler chooses. jax.make_mesh would give Explicit ones by default.
+    return jax.make_mesh(sizes, AXES, devices=devices[:needed], axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Axes of one parameter; dimensions that an axis does not divide stay whole."""
+    for pattern, axes in PARAM_SPECS:
+        if re.fullmatch(pattern, path):
+            spec = (None,) * (len(shape) - len(axes)) + axes
+            return PartitionSpec(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape)))
+    return PartitionSpec()
+
+
+def shard_params(params: Any, mesh: Mesh | None) -> Any:
+    """Parameters on the devices: by the table, or on the default device without a mesh."""
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, params)
+
+    def place(path, leaf):
+        name = "/".join(str(getattr(p, "key", p)) for p in path[1:])  # path[0] is the network
+        return jax.device_put(leaf, NamedSharding(mesh, param_spec(name, leaf.shape, mesh)))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def shard_batch(tree: Any, mesh: Mesh | None, *, axis: int = 0) -> Any:
+    """Arrays with a batch axis, cut over `data` and `fsdp` where they divide it, else copied to all."""
+    if mesh is None:
+        return tree
+
+    def place(leaf):
+        batch = leaf.shape[axis]
+        over = ("data", "fsdp") if batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+        spec = PartitionSpec(*([None] * axis), over)
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)
