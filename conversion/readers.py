@@ -21,7 +21,7 @@ from longlive_jax.errors import UserError
 GENERATOR_KEYS = ("generator", "generator_ema", "model")
 """Entries of a LongLive or Self-Forcing file that hold a DiT, in the order they are tried."""
 
-WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 PREFIXES = re.compile(r"^(?:model\.|module\.)+")
 
 
@@ -80,7 +80,7 @@ class TorchReader:
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name].detach().contiguous()
         dtype = self.dtypes[name]
-        if dtype == ml_dtypes.bfloat16:  # numpy has no such type; the bits go over as integers
+        if dtype == ml_dtypes.bfloat16:  # torch cannot hand this type to numpy; the bits go over as integers
             import torch
 
             return tensor.view(torch.int16).numpy().view(dtype)
@@ -90,8 +90,8 @@ class TorchReader:
 def _numpy_dtype(dtype) -> np.dtype:
     name = str(dtype).removeprefix("torch.")
     try:
-        return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-    except TypeError as error:
+        return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else getattr(np, name))
+    except (AttributeError, TypeError) as error:
         raise UserError(f"tensors of type {dtype} cannot be converted; save them as float32 or bfloat16") from error
 
 

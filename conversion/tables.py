@@ -3,7 +3,7 @@
 A row names a torch tensor, our tensor (as in the files of a checkpoint, a name a layer) and the rearrangement between
 the two, which works both ways. The functions expand a table for given sizes; nothing else knows the names.
 
-Original names are those of Wan 2.1's own files and of LongLive's (the same ones, after `readers` has taken off wrappers).
+Original names are those of Wan 2.1's own files; LongLive's are the same once `readers` has taken off the wrappers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Transform:
         return self._apply(array, self.ours, self.torch, sizes)
 
     def _apply(self, array, source: str, target: str, sizes: dict[str, int]) -> np.ndarray:
-        used = {name: size for name, size in sizes.items() if name in source.replace("(", " ").replace(")", " ").split()}
+        axes = source.replace("(", " ").replace(")", " ").split()
+        used = {name: size for name, size in sizes.items() if name in axes}
         return rearrange(array, f"{source} -> {target}", **used)
 
 

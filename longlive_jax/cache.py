@@ -6,7 +6,7 @@
 A block attends the slots that hold frames. While it is being denoised it uses the slots it will end in (those of the
 oldest frames, which it no longer attends) as scratch; the clean pass leaves the final keys and values there. So a step
 moves no memory but its own block, and its cost does not depend on how long the video is. Softmax does not care about
-the order of keys once RoPE is in them; with relative RoPE keys are stored before RoPE and `positions` gives their order.
+the order of keys once RoPE is in them; with relative RoPE they are stored before RoPE and `positions` gives the order.
 
 Nothing here depends on the shapes of a layer: the buffers are `[..., batch, slot, token, head, channel]`, stacked over
 layers or one a layer.
@@ -59,7 +59,7 @@ class Window:
             return count
         return jnp.where(count < self.slots, count, self.sink + (count - self.sink) % self.ring)
 
-    def positions(self, count: Int[Array, ""]) -> Int[Array, "slots"]:
+    def positions(self, count: Int[Array, ""]) -> Int[Array, " slots"]:
         """Relative temporal position of every slot once `count` frames are in: sink first, then oldest to newest."""
         slots = jnp.arange(self.slots)
         if self.ring == 0:
@@ -89,7 +89,6 @@ class KVCache:
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype, *, stacked: bool = True) -> KVCache:
         """An empty cache; `shape` is (layers, batch, slots, tokens, heads, head width)."""
-
 
         def buffer():  # made twice, not shared: donating one buffer twice is an error
             return jnp.zeros(shape, dtype) if stacked else tuple(jnp.zeros(shape[1:], dtype) for _ in range(shape[0]))

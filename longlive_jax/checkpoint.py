@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError, safe_open
 
 from longlive_jax.config import ModelConfig, from_dict, to_dict
 from longlive_jax.errors import UserError
@@ -51,9 +53,8 @@ STACKED = "blocks"
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
-"""The dtype names of the safetensors format that numpy can hold."""
+"""The dtype names of the safetensors format that we read and write."""
 
 Params = dict[str, Any]
 """A pure nested dict of arrays, as `nnx.to_pure_dict` gives it."""
@@ -118,9 +119,7 @@ def _header(hashes: dict[str, str], entries: dict[str, dict]) -> bytes:
 
 
 class SafetensorsFile:
-    """Reads tensors of one file by name; the header is checked against the file's length at once.
-
-    Values are read, not mapped: a mapped file that shrinks kills the process, and its pages count as memory in use.
+    """Reads tensors of one file by name.
 
     Attributes:
       path: the file.
@@ -132,41 +131,24 @@ class SafetensorsFile:
         """Raises UserError for a file that is missing, cut off, or no safetensors file."""
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                length = int.from_bytes(file.read(8), "little")
-                if size < 8 or length > size - 8:
-                    raise UserError(f"{path} is cut off or no safetensors file; copy or download it again")
-                header = json.loads(file.read(length))
-            self._data = 8 + length
-            self.metadata = dict(header.pop("__metadata__", None) or {})
-            self.dtypes = {name: np.dtype(DTYPES[entry["dtype"]]) for name, entry in header.items()}
-            self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            self._offsets = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
-            wrong = [name for name in header if not self._consistent(name)]
+            with safe_open(self.path, "np") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                self.metadata = file.metadata() or {}
+                self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                codes = {name: part.get_dtype() for name, part in slices.items()}
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is damaged or no safetensors file; copy or download it again") from error
-        if wrong:
-            raise UserError(f"{path} is damaged (the header contradicts itself at {wrong[0]}); download it again")
-        needed = self._data + max((end for _, end in self._offsets.values()), default=0)
-        if needed != size:
-            state = f"{'cut off' if needed > size else 'damaged'}: it has {size} bytes and should have {needed}"
-            raise UserError(f"{path} is {state}; copy or download it again")
-
-    def _consistent(self, name: str) -> bool:
-        shape, ends = self.shapes[name], self._offsets[name]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, *ends)) and len(ends) == 2
-        return whole and ends[1] - ends[0] == math.prod(shape) * self.dtypes[name].itemsize
+        except SafetensorError as error:
+            raise UserError(f"{path} is cut off or damaged ({error}); copy or download it again") from error
+        unknown = sorted({code for code in codes.values() if code not in DTYPES})
+        if unknown:
+            raise UserError(f"{path} has tensors of type {', '.join(unknown)}; save them as one of {', '.join(DTYPES)}")
+        self.dtypes = {name: np.dtype(DTYPES[code]) for name, code in codes.items()}
 
     def read(self, name: str) -> np.ndarray:
         """The values of one tensor, in memory of their own."""
-        shape, dtype = self.shapes[name], self.dtypes[name]
-        values = np.fromfile(self.path, dtype, math.prod(shape), offset=self._data + self._offsets[name][0])
-        if values.size != math.prod(shape):
-            raise UserError(f"{self.path} became shorter while it was read; copy or download it again")
-        return values.reshape(shape)
+        with safe_open(self.path, "np") as file:  # opened each time: pages of a mapped file count as memory in use
+            return file.get_tensor(name)
 
 
 class SafetensorsPart:
@@ -182,7 +164,7 @@ class SafetensorsPart:
         index = path.with_name(path.name + ".index.json")
         if path.is_file() or not index.is_file():
             if not path.is_file():
-                raise UserError(f"{path} is missing (nor is there {index.name})")
+                raise UserError(f"{path} is missing, and so is {index.name}; copy it there")
             return cls([SafetensorsFile(path)])
         try:
             weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
@@ -193,7 +175,7 @@ class SafetensorsPart:
         for name in names:
             with collect(faults):
                 if not (path.parent / name).is_file():
-                    raise UserError(f"{path.parent / name} is missing, {index.name} names it")
+                    raise UserError(f"{path.parent / name} is missing, but {index.name} names it; copy it there")
                 files.append(SafetensorsFile(path.parent / name))
         part = cls(files)
         if not faults:
@@ -237,9 +219,14 @@ def raise_all(faults: Sequence[str], prefix: str = "") -> None:
 # MARK: parameters and their names in files
 
 
+@functools.lru_cache(maxsize=16)
+def _abstract_state(part: str, cfg: Any) -> nnx.State:
+    return nnx.state(nnx.eval_shape(lambda: MODULES[part](cfg, rngs=nnx.Rngs(0))))
+
+
 def abstract_params(part: str, cfg: Any) -> Params:
     """Shapes and dtypes of a part's parameters, layers stacked; nothing is allocated."""
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: MODULES[part](cfg, rngs=nnx.Rngs(0)))))
+    return nnx.to_pure_dict(_abstract_state(part, cfg))
 
 
 def tensor_shapes(part: str, cfg: Any) -> dict[str, tuple[int, ...]]:
@@ -437,6 +424,9 @@ def save(
     parts = {p: lazy_tensors(v, dtype) if isinstance(v, dict) else list(v) for p, v in params.items()}
     faults = []
     for part, tensors in parts.items():
+        if part not in MODULES or getattr(config, part) is None:
+            faults.append(f"the config has no {part}")
+            continue
         found = {tensor.name: tensor.shape for tensor in tensors}
         faults += compare_shapes(part, tensor_shapes(part, getattr(config, part)), found)
     raise_all(faults, "the parameters do not fit the config: ")

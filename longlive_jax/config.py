@@ -81,7 +81,7 @@ class TransformerConfig:
 
     @classmethod
     def sprites(cls) -> TransformerConfig:
-        return cls(dim=192, ffn_dim=576, num_layers=8, num_heads=4, text_dim=96, text_length=24)
+        return cls(dim=128, ffn_dim=384, num_layers=6, num_heads=4, text_dim=96, text_length=24)
 
     @classmethod
     def t2v_1_3b(cls) -> TransformerConfig:
@@ -203,6 +203,9 @@ class SamplerConfig:
         _choice("switch", self.switch, ("recache", "keep", "clear"))
         _choice("sink", self.sink, ("keep", "refresh"))
         _choice("rope", self.rope, ("auto", "absolute", "relative"))
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size < 1:
+                raise UserError(f"{name} is {size}; at least 1 pixel is needed")
         if self.block_frames < 1:
             raise UserError(f"block_frames is {self.block_frames}; at least 1 latent frame is needed")
         if self.sink_frames < 0:
@@ -221,6 +224,8 @@ class SamplerConfig:
             raise UserError(f"steps {list(self.steps)} index a table of 1000 and must be whole; or set warp to false")
         if not self.shift > 0:
             raise UserError(f"shift is {self.shift}; it must be above 0")
+        if math.isinf(self.shift):
+            raise UserError(f"shift is {self.shift}; it must be finite")
         if not 0 <= self.context_noise <= 1000:
             raise UserError(f"context_noise is {self.context_noise}; timesteps from 0 to 1000 are allowed")
 
@@ -332,9 +337,7 @@ def from_dict(cls, values: dict[str, Any], where: str = ""):
     for name in values:
         if name not in fields:
             raise UserError(prefix + unknown_name("key", name, fields))
-    missing = [
-        n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING
-    ]
+    missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"{prefix}missing {', '.join(missing)}")
     built = {name: _coerce(hints[name], value, f"{prefix}{name}") for name, value in values.items()}

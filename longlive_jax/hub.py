@@ -12,16 +12,18 @@ SHIPPED = Path(__file__).parent / "weights"
 
 
 def find(source: str | Path) -> Path:
-    """The folder of a checkpoint: a shipped one by name, a path, or a hub id "owner/name" (downloaded or from cache).
+    """The folder of a checkpoint: a path, a shipped one by name, or a hub id "owner/name" (downloaded or from cache).
+
+    A folder without config.json does not hide a shipped checkpoint of its name.
 
     Raises:
       UserError: it is nowhere.
     """
     path = Path(source)
+    if not (path / "config.json").exists() and (SHIPPED / path / "config.json").exists():
+        return SHIPPED / path
     if path.is_dir():
         return path
-    if (SHIPPED / str(source) / "config.json").exists():
-        return SHIPPED / str(source)
     if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
         return _download(source)
     shipped = ", ".join(sorted(p.name for p in SHIPPED.glob("*") if p.is_dir()))
@@ -39,4 +41,6 @@ def _download(repo: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot get checkpoint '{repo}' from the hub: {reason}; check the id, or give a folder") from None
+        raise UserError(
+            f"cannot get checkpoint '{repo}' from the hub: {reason}; check the id, or give a folder"
+        ) from None

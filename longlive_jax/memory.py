@@ -92,7 +92,6 @@ def check(
 
 
 def describe(parts: dict[str, int]) -> str:
-    """"7.2 GiB (weights 2.7, KV cache 3.2, ...)"."""
+    """ "7.2 GiB (weights 2.7, KV cache 3.2, ...)"."""
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
     return f"{sum(parts.values()) / GIB:.1f} GiB ({listed})"
-

@@ -65,26 +65,40 @@ def read_official(path: str | Path) -> OfficialRun:
         raise UserError(f"{path}{f':{where.line + 1}' if where else ''}: not valid YAML") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a table of settings as in LongLive's configs")
-    settings = {k: v for k, v in loaded.items() if k != "model_kwargs"} | (loaded.get("model_kwargs") or {})
+    model_kwargs = loaded.get("model_kwargs") or {}
+    if not isinstance(model_kwargs, dict):
+        raise UserError(f"{path}: model_kwargs must be a table of settings, got {model_kwargs!r}")
+    settings = {k: v for k, v in loaded.items() if k != "model_kwargs"} | model_kwargs
     for key in settings:
         if key not in USED and key not in ELSEWHERE:
             raise UserError(f"{path}: {unknown_name('key', str(key), (*USED, *ELSEWHERE))}")
     try:
         sampler = official_changes(settings)
         replace(SamplerConfig(), **sampler)
-        frames, switches = settings.get("num_output_frames"), settings.get("switch_frame_indices")
+        frames, seed = (_whole(key, settings.get(key)) for key in ("num_output_frames", "seed"))
         return OfficialRun(
             sampler=sampler,
-            seconds=None if frames is None else int(frames) / LATENTS_PER_SECOND,
-            seed=settings.get("seed"),
-            switch_seconds=None if switches is None else _frames(switches),
+            seconds=None if frames is None else frames / LATENTS_PER_SECOND,
+            seed=seed,
+            switch_seconds=_switch_seconds(settings.get("switch_frame_indices")),
             elsewhere={k: v for k, v in ELSEWHERE.items() if k in settings},
         )
-    except (UserError, ValueError, TypeError) as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _frames(text: str | int | list) -> tuple[float, ...]:
+def _whole(key: str, value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise UserError(f"{key} must be a whole number, got {value!r}")
+    return value
+
+
+def _switch_seconds(frames: Any) -> tuple[float, ...] | None:
     """Latent frames as LongLive writes them, "40, 80, 120" or a list, in seconds."""
-    parts = str(text).split(",") if isinstance(text, (str, int)) else text
-    return tuple(int(part) / LATENTS_PER_SECOND for part in parts)
+    if frames is None:
+        return None
+    parts = frames if isinstance(frames, list) else str(frames).split(",")
+    try:
+        return tuple(int(str(part)) / LATENTS_PER_SECOND for part in parts)
+    except ValueError:
+        raise UserError(f"switch_frame_indices must be whole numbers, as in 40, 80, got {frames!r}") from None

@@ -1,12 +1,12 @@
 """`LongLivePipeline`: prompts in, video out. Joins tokeniser, text encoder, decoder and VAE of one checkpoint.
 
-    pipe = LongLivePipeline.from_pretrained("sprites")
-    video = pipe([(0, "a small red star stays still over a night sky"), (5, "a small blue star ...")], seconds=10)
-    video.save("stars.mp4")
+pipe = LongLivePipeline.from_pretrained("sprites")
+video = pipe([(0, "a small red star stays still over a night sky"), (5, "a small blue star ...")], seconds=10)
+video.save("stars.mp4")
 
-    stream = pipe.stream("a small red star stays still over a night sky")
-    for frames in stream:                      # uint8 [1, t, H, W, 3], block by block, for ever
-        stream.set_prompt("a large red star bounces around over a night sky")
+stream = pipe.stream("a small red star stays still over a night sky")
+for frames in stream:                      # uint8 [1, t, H, W, 3], block by block, for ever
+    stream.set_prompt("a large red star bounces around over a night sky")
 """
 
 from __future__ import annotations

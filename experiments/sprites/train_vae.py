@@ -1,6 +1,6 @@
 """First sprites VAE: stills, then clips. Resumable; each stage has its own folder under --output.
 
-    python experiments/sprites/train_vae.py --output runs/sprites
+python experiments/sprites/train_vae.py --output runs/sprites
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from longlive_jax.training.vae import inflate, latent_statistics, make_vae_step
 
 STAGES = {  # clips a batch, frames a clip, steps, peak learning rate
     "stills": (16, 1, 3600, 2e-3),
-    "clips": (3, 5, 1800, 1e-3),
-    "long-clips": (1, 13, 500, 3e-4),
+    "clips": (3, 5, 1200, 1e-3),
+    "long-clips": (1, 13, 300, 3e-4),
 }
 KL_WEIGHT = 3e-4
 
 
 def batch(stage: str, index: int) -> np.ndarray:
     clips, frames, _, _ = STAGES[stage]
-    return np.stack([make_clip(100 + list(STAGES).index(stage), index * clips + i, frames)["frames"] for i in range(clips)])
+    return np.stack(
+        [make_clip(100 + list(STAGES).index(stage), index * clips + i, frames)["frames"] for i in range(clips)]
+    )
 
 
 def main():
@@ -57,8 +59,12 @@ def main():
     vae = nnx.merge(graph, params)
     clips = [np.stack([make_clip(999, i * 8 + j, 13)["frames"] for j in range(8)]) for i in range(16)]
     mean, std = latent_statistics(vae, clips)
-    np.savez(args.output / "vae.npz", **{"/".join(map(str, p)): v for p, v in nnx.traversals.flatten_mapping(params).items()})
-    (args.output / "vae.json").write_text(json.dumps({"latent_mean": mean, "latent_std": std, "base_width": args.base_width}))
+    np.savez(
+        args.output / "vae.npz", **{"/".join(map(str, p)): v for p, v in nnx.traversals.flatten_mapping(params).items()}
+    )
+    (args.output / "vae.json").write_text(
+        json.dumps({"latent_mean": mean, "latent_std": std, "base_width": args.base_width})
+    )
     print(mean, std)
 
 

@@ -95,7 +95,9 @@ class Generate:
         settings = {k: v for k, v in dataclasses.asdict(self.sampler).items() if v is not None}
         sources = [bool(self.prompt), self.prompts is not None, self.from_json is not None]
         if sum(sources) != 1:
-            what = "nothing says what to show" if not any(sources) else "prompts, --prompts and --from exclude each other"
+            what = (
+                "nothing says what to show" if not any(sources) else "prompts, --prompts and --from exclude each other"
+            )
             raise UserError(f'{what}; write longlive generate "a prompt", or --prompts FILE, or --from FILE.json')
         if self.switch_at and not self.prompt:
             raise UserError("--switch-at goes with prompts on the command line; files say their own times")
@@ -121,7 +123,9 @@ class Generate:
         times = schedule.switch_seconds
         if times is None and official.switch_seconds and len(official.switch_seconds) == len(schedule.prompts) - 1:
             times = official.switch_seconds
-        seconds = next((s for s in (self.seconds, schedule.seconds, official.seconds) if s is not None), DEFAULT_SECONDS)
+        seconds = next(
+            (s for s in (self.seconds, schedule.seconds, official.seconds) if s is not None), DEFAULT_SECONDS
+        )
         own = schedule.seed if self.seed is None and schedule.seed is not None else seed
         return dataclasses.replace(schedule, switch_seconds=times, seconds=seconds, seed=own)
 
@@ -132,7 +136,9 @@ class Generate:
                 raise UserError(f"--prompts makes one video a line, so --output must be a folder, not {folder}")
             return [folder / f"{stem}.mp4" for stem in output_stems(schedules, seed)]
         if self.output is None:
-            return [Path("outputs") / f"{stem}-{s.seed}.mp4" for stem, s in zip(output_stems(schedules, seed), schedules)]
+            return [
+                Path("outputs") / f"{stem}-{s.seed}.mp4" for stem, s in zip(output_stems(schedules, seed), schedules)
+            ]
         if self.output.suffix.lower() != ".mp4":
             raise UserError(f"--output is {self.output}; a video's name must end in .mp4")
         return [self.output]

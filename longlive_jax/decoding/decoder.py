@@ -1,7 +1,7 @@
 """The causal few-step decoder (reference section 4): `step` makes one block, `scan` makes them all.
 
 `Decoder` holds what is fixed for a video (networks' structure, settings) and is hashable; parameters and state are
-arguments. So `jax.jit(Decoder.step, static_argnums=0)` compiles once for all videos of one shape, and the block-by-block
+arguments. So `jax.jit(Decoder.step, static_argnums=0)` compiles once for all videos of one shape. The block-by-block
 path and the scan give the same numbers.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Key, Num
 
 from longlive_jax.cache import KVCache, Window
 from longlive_jax.config import SPATIAL_FACTOR, SamplerConfig
@@ -54,7 +54,7 @@ class Decoder:
         """Rows and columns of the latents."""
         return self.sampler.height // SPATIAL_FACTOR, self.sampler.width // SPATIAL_FACTOR
 
-    def init(self, params: Params, prompt_embeds: Num[Array, "b l e"], keys: PRNGKeyArray) -> DecodeState:
+    def init(self, params: Params, prompt_embeds: Num[Array, "b l e"], keys: Key[Array, " b"]) -> DecodeState:
         """The state before the first block.
 
         Args:

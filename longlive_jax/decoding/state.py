@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from longlive_jax.cache import KVCache
 
@@ -29,13 +29,13 @@ class DecodeState:
     text_kv: Any
     recent: Float[Array, "b w rows columns c"]
     position: Int[Array, ""]
-    keys: PRNGKeyArray
+    keys: Key[Array, " b"]
     vae: Any = None
 
 
 @struct.dataclass
 class BlockInputs:
-    """What a block is told.
+    """What a block is told; for a scan, what each block is told, on a leading axis.
 
     Attributes:
       switch: whether the prompt changes at the start of this block.
@@ -44,22 +44,22 @@ class BlockInputs:
         from the state's keys.
     """
 
-    switch: Bool[Array, ""]
-    prompt: Int[Array, ""]
-    noise: Float[Array, "s b f h w c"] | None = None
+    switch: Bool[Array, "*blocks"]
+    prompt: Int[Array, "*blocks"]
+    noise: Float[Array, "*blocks s b f h w c"] | None = None
 
 
 @struct.dataclass
 class BlockOutput:
-    """What a block gives.
+    """What a block gives; from a scan, what each block gives, on a leading axis.
 
     Attributes:
       latents: float32, normalised.
       frames: pixels; the first block of a video has 3 frames of filler in front (see `drop_filler`). None without VAE.
     """
 
-    latents: Float[Array, "b f h w c"]
-    frames: UInt8[Array, "b t rows columns 3"] | None
+    latents: Float[Array, "*blocks b f h w c"]
+    frames: UInt8[Array, "*blocks b t rows columns 3"] | None
 
 
 FILLER = 3
@@ -72,7 +72,7 @@ def drop_filler(frames, first: bool):
 
 
 def block_noise(
-    keys: PRNGKeyArray, position: Int[Array, ""], frames: int, steps: int, shape: tuple[int, int, int]
+    keys: Key[Array, " b"], position: Int[Array, ""], frames: int, steps: int, shape: tuple[int, int, int]
 ) -> Float[Array, "s b f h w c"]:
     """Standard normal noise of a block. Each number depends on its video's key, its frame, step and place alone:
 

@@ -21,9 +21,13 @@ from longlive_jax.models.transformer import TextKV, WanTransformer
 
 
 def switch_prompt(
-    model: WanTransformer, sampler: SamplerConfig, window: Window, state: DecodeState, prompt_embeds: Num[Array, "b l e"]
+    model: WanTransformer,
+    sampler: SamplerConfig,
+    window: Window,
+    state: DecodeState,
+    prompt_embeds: Num[Array, "b l e"],
 ) -> DecodeState:
-    """The state as the next block should find it, with the new prompt. At the start of a video only the text changes."""
+    """The state as the next block should find it; at the start of a video only the text changes."""
     text_kv = model.text_kv(prompt_embeds)
     cache = state.cache
     if sampler.switch == "clear":
@@ -42,15 +46,15 @@ def switch_prompt(
     return state.replace(text_kv=text_kv, cache=cache)
 
 
-def rebuild(
-    model: WanTransformer, window: Window, state: DecodeState, cache: KVCache, text_kv: TextKV
-) -> KVCache:
+def rebuild(model: WanTransformer, window: Window, state: DecodeState, cache: KVCache, text_kv: TextKV) -> KVCache:
     """An empty cache filled with the newest frames, W or as many as there are, in one bidirectional pass."""
     slots = window.slots
     frames = jnp.minimum(state.position, slots)
     # Oldest first. What follows the newest, while there are fewer than W frames, is masked and overwritten later.
     latents = jnp.roll(state.recent, frames, axis=1)
-    cache = _clean_pass(model, window, cache.replace(count=jnp.zeros_like(cache.count)), text_kv, latents, state, frames)
+    cache = _clean_pass(
+        model, window, cache.replace(count=jnp.zeros_like(cache.count)), text_kv, latents, state, frames
+    )
     return cache.replace(count=frames)
 
 

@@ -87,21 +87,21 @@ def run_layers(
         stacked weights, and command buffers on a GPU). Both give the same numbers.
       step: the work of one layer.
       carry: what flows from layer to layer.
-      xs: a pytree with a leading layer axis, or a tuple with one pytree a layer.
+      xs: a pytree with a leading layer axis, or a list with one pytree a layer.
       remat: wraps the step for training, as `jax.checkpoint` does; None keeps all activations.
 
     Returns:
-      The last carry, and the ys: stacked on a layer axis after a scan, a tuple after a loop.
+      The last carry, and the ys: stacked on a layer axis after a scan, a list after a loop.
     """
     if isinstance(layers, nnx.List):
         ys = []
         for i, layer in enumerate(layers):
-            x = xs[i] if isinstance(xs, tuple) else jax.tree.map(lambda a: a[i], xs)  # noqa: B023
+            x = xs[i] if isinstance(xs, list) else jax.tree.map(lambda a: a[i], xs)  # noqa: B023
             graph, params = nnx.split(layer)
             body = _layer_body(graph, step, remat)
             carry, y = body(carry, (params, x))
             ys.append(y)
-        return carry, tuple(ys)
+        return carry, ys
     graph, params = nnx.split(layers)
     return jax.lax.scan(_layer_body(graph, step, remat), carry, (params, xs))
 

@@ -6,8 +6,8 @@ Neighbouring channels form pairs. Of a head of width d, the frame index turns d 
 
 from __future__ import annotations
 
-import numpy as np
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from longlive_jax.config import MAX_ABSOLUTE_FRAMES
@@ -28,7 +28,7 @@ def axis_angles(positions: int, width: int, theta: float) -> np.ndarray:
     return np.arange(positions, dtype=np.float64)[:, None] * frequencies
 
 
-def rotation(positions: Int[Array, "t"], rows: int, columns: int, head_dim: int, theta: float) -> Rotation:
+def rotation(positions: Int[Array, " t"], rows: int, columns: int, head_dim: int, theta: float) -> Rotation:
     """The rotation of every token of the frames at `positions` (each below 1024), tokens in row-major order."""
     widths = axis_widths(head_dim)
     by_frame = axis_angles(MAX_ABSOLUTE_FRAMES, widths[0], theta)

@@ -25,8 +25,8 @@ from longlive_jax.models import rope
 from longlive_jax.models.attention import attention
 from longlive_jax.models.layers import LayerNorm, Linear, RMSNorm, layer_norm, run_layers, stack_layers
 
-TextKV = tuple[Any, Any]
-"""Keys and values of a prompt for every layer, `[layer, B, L, H, d]` each (or a tuple of one pair a layer)."""
+TextKV = tuple[Any, Any] | list[tuple[Any, Any]]
+"""Keys and values of a prompt for every layer: `[layer, B, L, H, d]` each, or a list of one pair a layer."""
 
 
 def time_embedding(timesteps: Float[Array, "b t"], width: int) -> Float[Array, "b t width"]:
@@ -185,7 +185,7 @@ class WanTransformer(nnx.Module):
         timesteps: Float[Array, "b t"],
         text_kv: TextKV,
         *,
-        positions: Int[Array, "t"] | None = None,
+        positions: Int[Array, " t"] | None = None,
         mask: Bool[Array, "t t"] | None = None,
         remat: Callable | None = None,
     ) -> Num[Array, "b t h w c"]:
@@ -288,7 +288,7 @@ class WanTransformer(nnx.Module):
             xs = text_kv, jnp.arange(self.cfg.num_layers)
             (tokens, keys, values), _ = run_layers(self.blocks, scanned, (tokens, cache.k, cache.v), xs)
         else:
-            tokens, buffers = run_layers(self.blocks, unrolled, tokens, tuple(zip(text_kv, cache.k, cache.v)))
+            tokens, buffers = run_layers(self.blocks, unrolled, tokens, list(zip(text_kv, cache.k, cache.v)))
             keys, values = zip(*buffers)
         return self._unpatchify(self.head(tokens, e), x), cache.replace(k=keys, v=values)
 

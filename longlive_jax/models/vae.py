@@ -278,5 +278,5 @@ class VAE(nnx.Module):
         x, cache = self.decoder(self.post_quant(z), cache, first)
         return jnp.clip(x, -1, 1), cache
 
-    def _normalisation(self) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
+    def _normalisation(self) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
         return jnp.asarray(self.cfg.latent_mean, jnp.float32), jnp.asarray(self.cfg.latent_std, jnp.float32)

@@ -19,11 +19,11 @@ from longlive_jax.models.vae import VAE
 
 
 def scheduled_clip(
-    seed: int, index: int, latent_frames: int, block: int
-) -> tuple[np.ndarray, tuple[Combination, Combination], int]:
+    seed: int, index: int, latent_frames: int, block: int, *, draw: bool = True
+) -> tuple[np.ndarray | None, tuple[Combination, Combination], int]:
     """One clip: uint8 frames [4F - 3, 64, 64, 3], its two combinations, and the latent frame the second begins at.
 
-    Clips of odd index do not change: both combinations are the same.
+    Clips of odd index do not change: both combinations are the same. Without `draw` there are no frames.
     """
     rng = np.random.default_rng([seed, index])
     pool = combinations_of("train")
@@ -34,11 +34,19 @@ def scheduled_clip(
     frames = TEMPORAL_FACTOR * (latent_frames - 1) + 1
     # Latent frame k > 0 stands for the pixel frames 4k - 3 .. 4k.
     schedule = [(0, first), (TEMPORAL_FACTOR * change - 3, second)]
-    return render_schedule(schedule, frames, rng), (first, second), change
+    return render_schedule(schedule, frames, rng) if draw else None, (first, second), change
 
 
 def encode_clips(
-    vae: VAE, folder: Path, *, clips: int, latent_frames: int, block: int, seed: int = 0, shard: int = 64, batch: int = 8
+    vae: VAE,
+    folder: Path,
+    *,
+    clips: int,
+    latent_frames: int,
+    block: int,
+    seed: int = 0,
+    shard: int = 64,
+    batch: int = 8,
 ) -> None:
     """Writes latents to `folder` in shards of `shard` clips (float16 npz), those already there kept."""
     folder = Path(folder)

@@ -1,0 +1,254 @@
+"""PyTorch checkpoints to a checkpoint folder of ours: `convert_wan`.
+
+Every file is opened and compared with the tables first, by headers alone. Only if all of it fits, tensors are read,
+rearranged, cast and written one at a time. All faults are told together, and nothing is written then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from longlive_jax.conversion import sizes, tables
+from longlive_jax.conversion.lora import Lora, lora_faults, merge, open_lora
+from longlive_jax.conversion.readers import GENERATOR_KEYS, Reader, open_weights
+
+from longlive_jax import checkpoint
+from longlive_jax.checkpoint import LazyTensor, collect, compare_shapes, raise_all
+from longlive_jax.config import ModelConfig, SamplerConfig
+from longlive_jax.errors import UserError
+from longlive_jax.tokenizer import PromptTokenizer
+
+OUTPUT_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+DIT_NAME = "diffusion_pytorch_model.safetensors"
+VAE_NAMES = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
+TEXT_NAMES = ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors")
+TOKENIZER_FOLDER = "google/umt5-xxl"
+
+
+@dataclasses.dataclass
+class Source:
+    """All that was opened for a conversion, and what was found wrong or missing.
+
+    Attributes:
+      readers: of each part.
+      configs: sizes of each part.
+      loras: to be merged into the transformer.
+      tokenizer: of the prompts, or None, and its file.
+      faults, warnings: one line each.
+    """
+
+    readers: dict[str, Reader] = dataclasses.field(default_factory=dict)
+    configs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    loras: list[Lora] = dataclasses.field(default_factory=list)
+    tokenizer: PromptTokenizer | None = None
+    tokenizer_file: Path | None = None
+    faults: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def paths(self) -> list[Path]:
+        readers = [*self.readers.values(), *(lora.reader for lora in self.loras)]
+        files = [path for reader in readers for path in reader.paths]
+        return files + ([self.tokenizer_file] if self.tokenizer_file else [])
+
+
+def convert_wan(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    generator: str | Path | None = None,
+    generator_key: str | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    lora_alpha: float | None = None,
+    dtype: str = "bfloat16",
+    verify: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Converts a folder of original Wan 2.1 files, with LongLive's generator and LoRA in place of Wan's DiT if given.
+
+    Args:
+      folder: config.json, DiT, VAE, and if they are there text encoder and tokeniser.
+      output: the checkpoint folder to write.
+      generator: a LongLive or Self-Forcing `.pt`, or any file with a DiT of the same architecture.
+      generator_key: entry of that file; by default the first there of `generator`, `generator_ema`, `model`.
+      loras: (file, scale) pairs, merged in float32.
+      lora_alpha: peft's alpha of the LoRAs; their rank by default.
+      dtype: "bfloat16" or "float32", of everything written.
+      verify: read back what was written and compare checksums.
+      overwrite: replace a checkpoint that is there.
+
+    Returns:
+      A report: `summary` (a line to print), `output`, `parts` (tensors, parameters, bytes and checksums of each),
+      `sources`, `loras`, `warnings`, `verified`, `hash`.
+
+    Raises:
+      UserError: with all that is wrong; nothing has been written.
+    """
+    if dtype not in OUTPUT_DTYPES:
+        raise UserError(f"dtype is '{dtype}'; choose {' or '.join(OUTPUT_DTYPES)}")
+    checkpoint.refuse_existing(Path(output), overwrite)
+    source = open_wan(Path(folder), generator, generator_key, loras, lora_alpha)
+    parts = {}
+    for part, cfg in source.configs.items():
+        parts[part] = plan(source, part, cfg, OUTPUT_DTYPES[dtype])
+    config = None
+    with collect(source.faults):
+        if not source.faults:
+            configs = source.configs
+            config = ModelConfig(
+                configs["transformer"], configs["vae"], configs.get("text_encoder"), SamplerConfig()
+            )
+    raise_all(source.faults, f"cannot convert {folder}, nothing was written: ")
+    provenance = describe(source, dtype, lora_alpha)
+    hashes = checkpoint.save(
+        output, config, parts, source.tokenizer, provenance, overwrite=overwrite, verify_written=verify
+    )
+    report = {part: part_report(tensors, hashes[part]) for part, tensors in parts.items()}
+    return {
+        "summary": summary(report, provenance, verify),
+        "output": str(output),
+        "parts": report,
+        "warnings": source.warnings,
+        "verified": verify,
+        "hash": checkpoint.checkpoint_hash(output),
+        **provenance,
+    }
+
+
+# MARK: opening
+
+
+def open_wan(
+    folder: Path,
+    generator: str | Path | None,
+    generator_key: str | None,
+    loras: Sequence[tuple[str | Path, float]],
+    lora_alpha: float | None,
+) -> Source:
+    """Opens all files and reads the sizes. Faults are noted, not raised, but for a folder that is not there."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give the folder with Wan's config.json and weights")
+    if generator_key is not None and generator is None:
+        raise UserError("--generator-key chooses an entry of the --generator file; give that too")
+    source, settings = Source(), None
+    with collect(source.faults):
+        settings = sizes.read_settings(folder / "config.json")
+    with collect(source.faults):
+        path = Path(generator) if generator else folder / DIT_NAME
+        reader = source.readers["transformer"] = open_weights(path, generator_key, keys=GENERATOR_KEYS)
+        if settings is not None:
+            cfg = sizes.transformer_sizes(reader.shapes, settings, reader.where)
+            source.configs["transformer"] = cfg
+    with collect(source.faults):
+        reader = source.readers["vae"] = open_weights(first_of(folder, VAE_NAMES))
+        source.configs["vae"] = sizes.vae_sizes(reader.shapes, reader.where)
+    with collect(source.faults):
+        text = first_of(folder, TEXT_NAMES)
+        if text.is_file():
+            reader = source.readers["text_encoder"] = open_weights(text)
+            source.configs["text_encoder"] = sizes.text_encoder_sizes(reader.shapes, reader.where)
+        else:
+            source.warnings.append(f"no text encoder: {text} is missing, so prompts cannot be read")
+    open_tokenizer(source, folder / TOKENIZER_FOLDER)
+    for path, scale in loras:
+        with collect(source.faults):
+            source.loras.append(open_lora(path, scale, lora_alpha))
+    return source
+
+
+def first_of(folder: Path, names: Sequence[str]) -> Path:
+    """The first of the names that is there; if none is, the first name, which the message will then tell."""
+    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+
+
+def open_tokenizer(source: Source, folder: Path) -> None:
+    """The tokeniser of the Wan folder, if there is one; its ids must be rows of the text encoder."""
+    files = [folder / name for name in ("tokenizer.json", "spiece.model") if (folder / name).is_file()]
+    if not files:
+        source.warnings.append(f"no tokeniser: {folder}/tokenizer.json is missing, so prompts cannot be read")
+        return
+    transformer, text_encoder = source.configs.get("transformer"), source.configs.get("text_encoder")
+    with collect(source.faults):
+        tokenizer = PromptTokenizer.from_folder(folder, transformer.text_length if transformer else 512)
+        if text_encoder and tokenizer.vocab_size > text_encoder.vocab_size:
+            raise UserError(
+                f"{files[0]} has {tokenizer.vocab_size} tokens, the text encoder {text_encoder.vocab_size}; "
+                "use the tokeniser that belongs to it"
+            )
+        source.tokenizer, source.tokenizer_file = tokenizer, files[0]
+
+
+# MARK: planning
+
+
+def plan(source: Source, part: str, cfg: Any, dtype: Any) -> list[LazyTensor]:
+    """What to write for a part; differences between its file and the table are noted as faults."""
+    reader, loras = source.readers[part], source.loras if part == "transformer" else []
+    ours = checkpoint.tensor_shapes(part, cfg)
+    table = tables.WAN[part](cfg)
+    torch_shapes = table.torch_shapes(ours)
+    source.faults += compare_shapes(reader.where, torch_shapes, reader.shapes)
+    kinds = [n for n, kind in reader.dtypes.items() if not jax.dtypes.issubdtype(kind, np.floating)]
+    source.faults += [f"{reader.where}: {', '.join(kinds)} hold no floating-point numbers"] if kinds else []
+    weights = {row.torch: torch_shapes[row.torch] for row in table.rows if row.transform is tables.LINEAR}
+    for lora in loras:
+        source.faults += lora_faults(lora, weights)
+
+    def make(row: tables.Row) -> LazyTensor:
+        def values():
+            return row.transform.to_ours(merge(row.torch, reader.read(row.torch), loras), **table.sizes)
+
+        return LazyTensor(row.ours, ours[row.ours], dtype, values)
+
+    return [make(row) for row in table.rows]
+
+
+# MARK: reporting
+
+
+def describe(source: Source, dtype: str, lora_alpha: float | None) -> dict[str, Any]:
+    """What config.json says about where the weights come from."""
+    return {
+        "sources": [
+            {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in source.paths
+        ],
+        "transformer": Path(source.readers["transformer"].where).name,
+        "loras": [
+            {
+                "file": lora.reader.paths[0].name,
+                "scale": lora.scale,
+                "rank": lora.rank,
+                "alpha": lora.rank if lora_alpha is None else lora_alpha,
+                "weights": len(lora.sides),
+            }
+            for lora in source.loras
+        ],
+        "dtype": dtype,
+    }
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def part_report(tensors: Sequence[LazyTensor], hashes: dict[str, str]) -> dict[str, Any]:
+    """Numbers of a part for the report."""
+    total = sum(tensor.nbytes for tensor in tensors)
+    parameters = total // np.dtype(tensors[0].dtype).itemsize
+    return {"tensors": len(tensors), "parameters": parameters, "bytes": total, "sha256": hashes}
+
+
+def summary(parts: dict[str, dict[str, Any]], provenance: dict[str, Any], verified: bool) -> str:
+    """The report in a line."""
+    sizes = ", ".join(f"{part.replace('_', ' ')} {values['parameters'] / 1e6:,.1f} M" for part, values in parts.items())
+    loras = f", {len(provenance['loras'])} LoRA merged" if provenance["loras"] else ""
+    return f"{sizes} parameters in {provenance['dtype']}{loras}{', verified' if verified else ''}"

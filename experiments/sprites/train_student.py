@@ -1,0 +1,159 @@
+"""First sprites student: latents of 1 280 clips, then teacher forcing of text encoder and causal transformer.
+
+    python experiments/sprites/train_student.py --output runs/sprites
+
+Needs what `train_vae.py` left there. Resumable; ends with a checkpoint folder `runs/sprites/checkpoint`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from longlive_jax import checkpoint
+from longlive_jax.config import MAX_ABSOLUTE_FRAMES, ModelConfig, SamplerConfig, VAEConfig
+from longlive_jax.data.sprite_prompts import all_prompts, canonical, paraphrase
+from longlive_jax.models.text_encoder import TextEncoder
+from longlive_jax.models.transformer import WanTransformer
+from longlive_jax.models.vae import VAE
+from longlive_jax.tokenizer import train_unigram
+from longlive_jax.training.latents import encode_clips, scheduled_clip
+from longlive_jax.training.loop import run
+from longlive_jax.training.teacher_forcing import Batch, teacher_forcing_loss
+
+CLIPS, LATENT_FRAMES, BLOCK = 1280, 15, 3
+FRAMES = 12  # of a training sequence: the sink, and three blocks from anywhere in the clip
+CLIP_SEED = 7
+
+
+def load_vae(folder: Path) -> tuple[VAEConfig, dict]:
+    """Sizes and parameters that train_vae.py wrote."""
+    info = json.loads((folder / "vae.json").read_text())
+    cfg = dataclasses.replace(
+        VAEConfig.sprites(),
+        base_width=info["base_width"],
+        latent_mean=tuple(info["latent_mean"]),
+        latent_std=tuple(info["latent_std"]),
+    )
+    flat = {
+        tuple(int(p) if p.isdigit() else p for p in k.split("/")): v for k, v in np.load(folder / "vae.npz").items()
+    }
+    return cfg, nnx.traversals.unflatten_mapping(flat)
+
+
+class LatentData:
+    """Training batches from cached latents; a batch is a function of its index."""
+
+    def __init__(self, folder: Path, tokenizer, batch_size: int):
+        self.latents = np.concatenate([np.load(p)["latents"] for p in sorted(folder.glob("*.npz"))])
+        clips = [scheduled_plan(i) for i in range(len(self.latents))]
+        self.combinations, self.change = zip(*clips)
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+
+    def __call__(self, index: int) -> Batch:
+        rng = np.random.default_rng([1, index])
+        # All of a batch share their positions: the window lies anywhere after the sink, up to four minutes later.
+        gap = 0 if rng.random() < 0.5 else int(rng.integers(0, MAX_ABSOLUTE_FRAMES - 2 * FRAMES))
+        positions = np.arange(FRAMES) + np.where(np.arange(FRAMES) >= BLOCK, gap, 0)
+        latents, prompts, learn = zip(*(self._example(rng, gap == 0) for _ in range(self.batch_size)))
+        tokens = self.tokenizer(list(prompts))
+        return Batch(np.stack(latents).astype(np.float32), positions, tokens.ids, tokens.mask, np.stack(learn))
+
+    def _example(self, rng: np.random.Generator, from_start: bool):
+        i = int(rng.integers(len(self.latents)))
+        last = (LATENT_FRAMES - FRAMES) // BLOCK
+        start = BLOCK * (0 if from_start else int(rng.integers(0, last + 1)))  # of the window, after the sink
+        index = np.concatenate([np.arange(BLOCK), np.arange(start + BLOCK, start + FRAMES)])
+        second = index >= self.change[i]
+        # The prompt is that of the end or of the beginning; frames of the other one are past, not to be learnt.
+        shows_second = bool(second[-1]) and (second.all() or rng.random() < 0.7)
+        combination = self.combinations[i][int(shows_second)]
+        prompt = canonical(combination) if rng.random() < 0.5 else paraphrase(combination, rng)[0]
+        learn = np.ones(FRAMES, bool) if self.combinations[i][0] == self.combinations[i][1] else second == shows_second
+        return self.latents[i][index], prompt, learn
+
+
+@functools.cache
+def scheduled_plan(index: int):
+    """Combinations of a cached clip and where it changes, without drawing it."""
+    _, combinations, change = scheduled_clip(CLIP_SEED, index, LATENT_FRAMES, BLOCK, draw=False)
+    return combinations, change
+
+
+def make_step(text_graph, graph, optimizer, decay: float):
+    def loss(params, batch, key):
+        model, text = nnx.merge(graph, params["transformer"]), nnx.merge(text_graph, params["text_encoder"])
+        return teacher_forcing_loss(model, text, batch, key, block=BLOCK, shift=5.0, context_noise=0.15)
+
+    def step(state, batch, key):
+        value, grads = jax.value_and_grad(loss)(state["params"], batch, key)
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        ema = optax.incremental_update(params, state["ema"], 1 - decay)
+        return {"params": params, "opt": opt, "ema": ema}, {"loss": value, "grad_norm": optax.global_norm(grads)}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--seconds", type=float, help="stop (resumably) after this long")
+    parser.add_argument("--batch-size", type=int, default=12)
+    args = parser.parse_args()
+
+    vae_cfg, vae_params = load_vae(args.output)
+    vae_graph, _ = nnx.split(nnx.eval_shape(lambda: VAE(vae_cfg, rngs=nnx.Rngs(0))))
+    encode_clips(
+        nnx.merge(vae_graph, vae_params), args.output / "latents", clips=CLIPS, latent_frames=LATENT_FRAMES,
+        block=BLOCK, seed=CLIP_SEED,
+    )  # fmt: skip
+    print("latents done", flush=True)
+
+    tokenizer = train_unigram(list(all_prompts()), 256, max_length=24)
+    cfg = ModelConfig.sprites()
+    text_cfg = dataclasses.replace(cfg.text_encoder, vocab_size=tokenizer.vocab_size)
+    cfg = dataclasses.replace(cfg, vae=vae_cfg, text_encoder=text_cfg)
+    networks = {
+        "transformer": WanTransformer(cfg.transformer, rngs=nnx.Rngs(1)),
+        "text_encoder": TextEncoder(cfg.text_encoder, rngs=nnx.Rngs(2)),
+    }
+    graphs = {name: nnx.split(net)[0] for name, net in networks.items()}
+    params = {name: nnx.to_pure_dict(nnx.split(net)[1]) for name, net in networks.items()}
+    print({name: sum(a.size for a in jax.tree.leaves(p)) for name, p in params.items()}, flush=True)
+
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 200, args.steps, 2e-5)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01))
+    state = {"params": params, "opt": optimizer.init(params), "ema": jax.tree.map(np.array, params)}
+    step = make_step(graphs["text_encoder"], graphs["transformer"], optimizer, 0.998)
+    data = LatentData(args.output / "latents", tokenizer, args.batch_size)
+    folder = args.output / "student"
+    state = run(step, state, data, steps=args.steps, folder=folder, seed=3, seconds=args.seconds)
+
+    cfg = dataclasses.replace(cfg, sampler=dataclasses.replace(SamplerConfig.sprites(), steps=STEPS))
+    trained = {"vae": vae_params, **state["ema"]}
+    provenance = {"recipe": "experiments/sprites", "made": time.strftime("%Y-%m-%d"), "student steps": args.steps}
+    target = args.output / "checkpoint"
+    checkpoint.save(
+        target, cfg, jax.tree.map(np.asarray, trained), tokenizer, provenance, dtype=jnp.float32, overwrite=True
+    )
+    print(f"checkpoint in {target}", flush=True)
+
+
+STEPS = (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)
+"""Not yet distilled: eight steps instead of four."""
+
+
+if __name__ == "__main__":
+    main()

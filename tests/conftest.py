@@ -1,0 +1,86 @@
+"""A tiny model with random weights that the tests share, at sizes where everything compiles in seconds.
+
+While tests run, the shapes in the signatures of all numerical modules are checked, and XLA compiles without LLVM's
+optimisations, which halves the time of a test run. Both are set here, before anything imports jax.
+"""
+# ruff: noqa: E402 - see above
+
+from __future__ import annotations
+
+import os
+
+import jaxtyping
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+CHECKED = ("cache", "decoding", "models", "schedule", "training")
+jaxtyping.install_import_hook([f"longlive_jax.{module}" for module in CHECKED], "beartype.beartype")
+
+import jax
+import numpy as np
+import pytest
+
+from longlive_jax import checkpoint
+from longlive_jax.config import (
+    ModelConfig,
+    SamplerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+)
+from longlive_jax.data.sprite_prompts import all_combinations, canonical
+from longlive_jax.pipeline import LongLivePipeline
+from longlive_jax.tokenizer import train_unigram
+
+
+def pytest_configure(config):
+    """beartype minds that flax's `nnx.List` is annotated with `typing.MutableSequence`."""
+    config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    """32 x 32 pixels, latents of 4 x 4, 4 tokens a frame; blocks of 2 frames, window 6, sink 2."""
+    return ModelConfig(
+        TransformerConfig(
+            dim=32, ffn_dim=64, num_layers=2, num_heads=2, in_channels=4, out_channels=4, text_dim=16, text_length=24,
+            time_dim=32,
+        ),
+        VAEConfig(
+            base_width=8, multipliers=(1, 1, 1, 1), res_blocks=0, z_channels=4, latent_mean=(0.1, 0.0, -0.1, 0.2),
+            latent_std=(1.5, 1.0, 0.5, 1.0),
+        ),
+        TextEncoderConfig(vocab_size=128, dim=16, attention_dim=16, ffn_dim=32, num_heads=2, num_layers=1),
+        SamplerConfig(height=32, width=32, window=6, sink_frames=2, block_frames=2, steps=(1000.0, 500.0)),
+    )  # fmt: skip
+
+
+def random_params(config: ModelConfig) -> dict[str, checkpoint.Params]:
+    """Parameters of all parts, drawn on the host: scaled as at initialisation, but biases and norms are random too."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name, x = path[-1].key, rng.standard_normal(leaf.shape, np.float32)
+        if name == "kernel":
+            inputs = leaf.shape[-2] if path[0].key == checkpoint.STACKED else np.prod(leaf.shape[:-1])
+            return x / np.sqrt(inputs, dtype=np.float32)
+        return x if name == "token_embedding" else 0.1 * x + (name in ("weight", "gamma"))
+
+    parts = {part: checkpoint.abstract_params(part, getattr(config, part)) for part in checkpoint.MODULES}
+    return {part: jax.tree_util.tree_map_with_path(draw, abstract) for part, abstract in parts.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_config, tmp_path_factory):
+    """A checkpoint folder; its tokeniser knows the words of the sprites' canonical prompts."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    text = tiny_config.text_encoder
+    tokenizer = train_unigram(
+        (canonical(c) for c in all_combinations()), text.vocab_size, tiny_config.transformer.text_length
+    )
+    checkpoint.save(folder, tiny_config, random_params(tiny_config), tokenizer, {"source": "random numbers"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_checkpoint) -> LongLivePipeline:
+    return LongLivePipeline.from_pretrained(tiny_checkpoint)
