@@ -1,0 +1,1 @@
+"""PyTorch checkpoints to ours by declarative tables, and parity with recorded PyTorch outputs."""

@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from longlive_jax.conversion import sizes, tables
-from longlive_jax.conversion.lora import Lora, lora_faults, merge, open_lora
-from longlive_jax.conversion.readers import GENERATOR_KEYS, Reader, open_weights
 
 from longlive_jax import checkpoint
 from longlive_jax.checkpoint import LazyTensor, collect, compare_shapes, raise_all
 from longlive_jax.config import ModelConfig, SamplerConfig
+from longlive_jax.conversion import sizes, tables
+from longlive_jax.conversion.lora import Lora, lora_faults, merge, open_lora
+from longlive_jax.conversion.readers import GENERATOR_KEYS, Reader, open_weights
 from longlive_jax.errors import UserError
 from longlive_jax.tokenizer import PromptTokenizer
 
@@ -103,9 +103,7 @@ def convert_wan(
     with collect(source.faults):
         if not source.faults:
             configs = source.configs
-            config = ModelConfig(
-                configs["transformer"], configs["vae"], configs.get("text_encoder"), SamplerConfig()
-            )
+            config = ModelConfig(configs["transformer"], configs["vae"], configs.get("text_encoder"), SamplerConfig())
     raise_all(source.faults, f"cannot convert {folder}, nothing was written: ")
     provenance = describe(source, dtype, lora_alpha)
     hashes = checkpoint.save(

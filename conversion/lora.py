@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from longlive_jax.conversion.readers import Reader, open_weights
 
+from longlive_jax.conversion.readers import Reader, open_weights
 from longlive_jax.errors import UserError
 
 LORA_KEYS = ("generator_lora",)

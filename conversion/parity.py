@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from longlive_jax.conversion.rollout import rollout
 
 from longlive_jax import checkpoint, schedule
 from longlive_jax.config import unknown_name
+from longlive_jax.conversion.rollout import rollout
 from longlive_jax.errors import UserError
 
 
@@ -63,7 +63,7 @@ def read_case(path: str | Path) -> Case:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError as error:
         raise UserError(f"there is no case {path}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged or no .npz file; copy it again") from error
     try:
         meta = json.loads(str(arrays.pop("meta")))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,9 @@ GENERATOR_KEYS = ("generator", "generator_ema", "model")
 """Entries of a LongLive or Self-Forcing file that hold a DiT, in the order they are tried."""
 
 WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
+UNSAFE = ("GLOBAL", "unrecognized function")
+"""In the messages of torch's weights-only loader: the pickle asks for something other than tensors and containers."""
+
 PREFIXES = re.compile(r"^(?:model\.|module\.)+")
 
 
@@ -164,14 +168,16 @@ def load_pickle(path: Path) -> Any:
     except ImportError as error:
         raise UserError(f'reading {path.name} needs PyTorch: pip install "longlive-jax[convert]"') from error
     try:
-        # Files of torch before 1.6 are no zip archives and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=start == b"PK\x03\x04")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice to its own users
+            # Files of torch before 1.6 are no zip archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=start == b"PK\x03\x04")
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if any(sign in str(error) for sign in UNSAFE):
             raise UserError(
                 f"{path} is refused: it holds more than weights and could run code; get a .safetensors file, or save "
                 "the state dict alone"
             ) from error
-        raise UserError(f"{path} is damaged or no PyTorch file; copy or download it again") from error
+        raise UserError(f"{path} is damaged or no PyTorch file of weights; copy or download it again") from error
     except Exception as error:  # torch raises whatever a damaged archive leads to
         raise UserError(f"{path} is cut off or damaged; copy or download it again") from error

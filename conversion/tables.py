@@ -92,9 +92,7 @@ def expand(rows: Iterable[Row], layers: int) -> list[Row]:
     expanded = []
     for row in rows:
         numbers = range(layers) if "{i}" in row.torch else [0]
-        expanded += [
-            dataclasses.replace(row, torch=row.torch.format(i=i), ours=row.ours.format(i=i)) for i in numbers
-        ]
+        expanded += [dataclasses.replace(row, torch=row.torch.format(i=i), ours=row.ours.format(i=i)) for i in numbers]
     return expanded
 
 

@@ -173,7 +173,8 @@ class SamplerConfig:
     """How a video is decoded: the defaults are LongLive 1.0's (reference sections 2, 4 to 6).
 
     Attributes:
-      height, width: of the video, in pixels.
+      height: of the video, in pixels.
+      width: of the video, in pixels.
       window: latent frames attended, sink and current block included; -1 for all of the past.
       sink_frames: latent frames at the start of the video that stay attended.
       block_frames: latent frames denoised together.

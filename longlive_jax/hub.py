@@ -28,7 +28,8 @@ def find(source: str | Path) -> Path:
         return _download(source)
     shipped = ", ".join(sorted(p.name for p in SHIPPED.glob("*") if p.is_dir()))
     raise UserError(
-        f"checkpoint '{source}' is neither a folder, nor a hub id (owner/name), nor shipped with the package ({shipped})"
+        f"checkpoint '{source}' is neither a folder, nor a hub id (owner/name), "
+        f"nor shipped with the package ({shipped})"
     )
 
 

@@ -8,14 +8,16 @@ import os
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from longlive_jax.cache import Window
 from longlive_jax.config import SPATIAL_FACTOR, TEMPORAL_FACTOR, ModelConfig, SamplerConfig
 from longlive_jax.errors import UserError
+from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
 
-GIB = 2**30
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def count_params(make) -> int:
@@ -23,29 +25,39 @@ def count_params(make) -> int:
     return sum(math.prod(a.shape) for a in jax.tree.leaves(nnx.state(nnx.eval_shape(make))))
 
 
-def estimate(config: ModelConfig, sampler: SamplerConfig, batch: int, num_frames: int, dtype) -> dict[str, int]:
-    """Bytes on the device, by what needs them.
+def weights(config: ModelConfig, dtype) -> dict[str, int]:
+    """Bytes of the parameters, by network."""
+    parts = {
+        "transformer": lambda: WanTransformer(config.transformer, rngs=nnx.Rngs(0)),
+        "VAE": lambda: VAE(config.vae, rngs=nnx.Rngs(0)),
+    }
+    if config.text_encoder is not None:
+        parts["text encoder"] = lambda: TextEncoder(config.text_encoder, rngs=nnx.Rngs(0))
+    return {name: count_params(make) * jnp.dtype(dtype).itemsize for name, make in parts.items()}
+
+
+def estimate(
+    config: ModelConfig, sampler: SamplerConfig, batch: int, num_frames: int, dtype, *, switches: bool = False
+) -> dict[str, int]:
+    """Bytes that videos need besides the weights, by what needs them.
 
     Args:
       config, sampler: what is run.
       batch: videos at once.
       num_frames: latent frames of a video; matters only when the window remembers all.
       dtype: of weights, activations and cache.
+      switches: whether the prompt changes: a recache computes all frames of the window at once.
     """
     size, cfg = jnp.dtype(dtype).itemsize, config.transformer
     rows, columns = sampler.height // SPATIAL_FACTOR, sampler.width // SPATIAL_FACTOR
     tokens = rows // cfg.patch[1] * (columns // cfg.patch[2])
     slots = Window.of(sampler, num_frames).slots
-    queries = sampler.block_frames * tokens
+    queries = (slots if switches and sampler.switch == "recache" else sampler.block_frames) * tokens
     pixels = batch * TEMPORAL_FACTOR * sampler.block_frames * sampler.height * sampler.width
     attention = 0
     if jax.default_backend() == "cpu" or size == 4:  # logits are built there, in float32
         attention = 2 * batch * cfg.num_heads * queries * slots * tokens * 4
-    weights = count_params(lambda: WanTransformer(cfg, rngs=nnx.Rngs(0))) + count_params(
-        lambda: VAE(config.vae, rngs=nnx.Rngs(0))
-    )
     return {
-        "weights": weights * size,
         "KV cache": 2 * cfg.num_layers * batch * slots * tokens * cfg.dim * size,
         "prompt keys and values": 2 * cfg.num_layers * batch * cfg.text_length * cfg.dim * size,
         "transformer activations": batch * queries * (cfg.ffn_dim + 8 * cfg.dim) * size + attention,
@@ -54,12 +66,13 @@ def estimate(config: ModelConfig, sampler: SamplerConfig, batch: int, num_frames
     }
 
 
-def available() -> int | None:
-    """Free bytes on the device, or None where nobody says."""
-    device = jax.devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+def available(mesh: Mesh | None = None) -> int | None:
+    """Free bytes on the device, or on all devices of a mesh together; None where nobody says."""
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    if devices[0].platform != "cpu":
+        stats = [device.memory_stats() or {} for device in devices]
+        if all("bytes_limit" in s for s in stats):
+            return sum(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)
@@ -68,30 +81,48 @@ def available() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
 
 
-def check(
-    config: ModelConfig, sampler: SamplerConfig, batch: int, num_frames: int, dtype, *, loaded: bool = False
-) -> dict[str, int]:
-    """The estimate, if it fits.
+def check_weights(config: ModelConfig, dtype, mesh: Mesh | None = None) -> None:
+    """Refuses a checkpoint that does not fit the memory, before it is read."""
+    parts, free = weights(config, dtype), available(mesh)
+    if free is not None and sum(parts.values()) > free:
+        smaller = "" if jnp.dtype(dtype).itemsize <= 2 else "use bfloat16, or "
+        raise UserError(
+            f"the weights need {describe(parts)}, but only {readable(free)} are free; {smaller}run where there is more"
+        )
 
-    Args:
-      loaded: the weights are on the device already, so they need no more.
+
+def check(
+    config: ModelConfig,
+    sampler: SamplerConfig,
+    batch: int,
+    num_frames: int,
+    dtype,
+    mesh: Mesh | None = None,
+    *,
+    switches: bool = False,
+) -> None:
+    """Refuses videos that do not fit beside the weights, which are on the device already. Arguments as `estimate`'s.
 
     Raises:
-      UserError: it does not; says how much is needed for what, and what to make smaller.
+      UserError: says how much is needed for what, and what to make smaller.
     """
-    parts, free = estimate(config, sampler, batch, num_frames, dtype), available()
-    if loaded:
-        parts["weights"] = 0
-    need = sum(parts.values())
-    if free is not None and need > free:
+    parts, free = estimate(config, sampler, batch, num_frames, dtype, switches=switches), available(mesh)
+    if free is not None and sum(parts.values()) > free:
+        smaller = "" if jnp.dtype(dtype).itemsize <= 2 else ", or use bfloat16"
         raise UserError(
-            f"{describe(parts)} are needed, but only {free / GIB:.1f} GiB are free; make the picture, the window "
-            f"({Window.of(sampler, num_frames).slots} latent frames) or the batch ({batch}) smaller, or use bfloat16"
+            f"{describe(parts)} are needed, but only {readable(free)} are free; make the picture "
+            f"({sampler.height} x {sampler.width}), the window ({Window.of(sampler, num_frames).slots} latent frames) "
+            f"or the batch ({batch}) smaller{smaller}"
         )
-    return parts
 
 
 def describe(parts: dict[str, int]) -> str:
-    """ "7.2 GiB (weights 2.7, KV cache 3.2, ...)"."""
-    listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
-    return f"{sum(parts.values()) / GIB:.1f} GiB ({listed})"
+    """ "7.2 GiB (KV cache 6.9 GiB, VAE activations 310.0 MiB)"."""
+    listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
+    return f"{readable(sum(parts.values()))} ({listed})"
+
+
+def readable(size: int) -> str:
+    """Bytes in the unit that suits them, from KiB to GiB."""
+    unit, name = next((u for u in UNITS if size >= u[0]), UNITS[-1])
+    return f"{size / unit:.1f} {name}"

@@ -15,6 +15,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from flax import nnx
 
 from longlive_jax import checkpoint, hub, memory, sharding
 from longlive_jax.cache import Window
-from longlive_jax.config import MAX_ABSOLUTE_FRAMES, ModelConfig, SamplerConfig, replace, to_dict
+from longlive_jax.config import MAX_ABSOLUTE_FRAMES, ModelConfig, SamplerConfig, replace, to_dict, unknown_name
 from longlive_jax.decoding.decoder import Decoder
 from longlive_jax.decoding.state import BlockInputs, drop_filler
 from longlive_jax.errors import UserError
@@ -139,6 +140,7 @@ class LongLivePipeline:
         folder = hub.find(source)
         config = checkpoint.load_config(folder)
         dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+        memory.check_weights(config, dtype, mesh)
         parts = ["transformer", "vae"] + ["text_encoder"] * (config.text_encoder is not None)
         params = {part: checkpoint.load(folder, part, dtype) for part in parts}
         has_tokenizer = (folder / "tokenizer.json").exists()
@@ -188,21 +190,42 @@ class LongLivePipeline:
           prompts, seed, **settings: as for a call.
           seconds: length; None goes on until the caller stops (with relative RoPE, which has no end).
         """
+        sampler, plans, seeds, endless = self.prepare(prompts, seconds=seconds, seed=seed, **settings)
+        long = not endless and plans[0].num_frames > MAX_ABSOLUTE_FRAMES
+        if long and settings.get("rope", self.config.sampler.rope) == "auto":
+            self._note(
+                f"{plans[0].num_frames} latent frames are more than absolute RoPE's {MAX_ABSOLUTE_FRAMES}: "
+                "using rope=relative"
+            )
+        return VideoStream(self, sampler, plans, seeds, endless)
+
+    def prepare(
+        self, prompts: Prompts, *, seconds: float | None = None, seed: int | Sequence[int] = 0, **settings
+    ) -> tuple[SamplerConfig, tuple[Plan, ...], tuple[int, ...], bool]:
+        """All that is decided before a video starts: settings, plan and seed of each, and whether it has no end.
+
+        Starts nothing, so it tells at no cost whether `stream` would refuse the same arguments.
+        """
         schedules = as_schedules(prompts)
+        known = [f.name for f in dataclasses.fields(SamplerConfig)]
+        for name in settings:
+            if name not in known:
+                raise UserError(unknown_name("setting", name, [*known, "seconds", "seed"]))
         sampler = replace(self.config.sampler, **settings)
         sampler.check_size(self.config.transformer.patch)
         endless = seconds is None and all(s.seconds is None for s in schedules)
         if endless and any(len(s.prompts) > 1 and s.switch_seconds is None for s in schedules):
             raise UserError("prompts in equal parts need a length; give seconds, or the times of the switches")
+        if sampler.window == -1 and endless:
+            raise UserError("a window of -1 remembers everything, so the video needs a length; give seconds")
         plans = tuple(self._plan(s, sampler, seconds, endless) for s in schedules)
         if len({(p.num_frames, p.switch_blocks) for p in plans}) > 1:
             raise UserError("the videos of one batch must have one length and switch prompts at the same times")
         seeds = as_seeds(seed, schedules)
-        sampler = self._decide_rope(sampler, None if endless else plans[0].num_frames)
-        if sampler.window == -1 and endless:
-            raise UserError("a window of -1 remembers everything, so the video needs a length; give seconds")
-        memory.check(self.config, sampler, len(plans), plans[0].num_frames, self.dtype, loaded=True)
-        return VideoStream(self, sampler, plans, seeds, endless)
+        sampler = _decide_rope(sampler, None if endless else plans[0].num_frames)
+        switches = endless or bool(plans[0].switch_blocks)
+        memory.check(self.config, sampler, len(plans), plans[0].num_frames, self.dtype, self.mesh, switches=switches)
+        return sampler, plans, seeds, endless
 
     def encode_prompts(self, texts: Sequence[str]) -> jax.Array:
         """Prompt embeddings [B, L, D], each text encoded once and remembered.
@@ -236,22 +259,6 @@ class LongLivePipeline:
             last = max(schedule.switch_seconds or (0.0,))
             seconds = last + 2 * sampler.block_frames * len(schedule.prompts) / LATENTS_PER_SECOND
         return schedule.plan(sampler.block_frames, seconds)
-
-    def _decide_rope(self, sampler: SamplerConfig, num_frames: int | None) -> SamplerConfig:
-        long = num_frames is None or num_frames > MAX_ABSOLUTE_FRAMES
-        if sampler.rope == "auto":
-            if long and num_frames is not None:
-                self._note(
-                    f"{num_frames} latent frames are more than absolute RoPE's {MAX_ABSOLUTE_FRAMES}: using rope=relative"
-                )
-            sampler = dataclasses.replace(sampler, rope="relative" if long else "absolute")
-        limit = MAX_ABSOLUTE_FRAMES / LATENTS_PER_SECOND
-        if long and (sampler.rope == "absolute" or sampler.window == -1):
-            raise UserError(
-                f"{'an open-ended video' if num_frames is None else f'{num_frames} latent frames'} does not fit the "
-                f"{MAX_ABSOLUTE_FRAMES} temporal positions ({limit:g} s); use rope relative with a window of fixed size"
-            )
-        return sampler
 
 
 class VideoStream:
@@ -358,28 +365,49 @@ def structure(make: Callable[[], nnx.Module]) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(make))[0]
 
 
+def _decide_rope(sampler: SamplerConfig, num_frames: int | None) -> SamplerConfig:
+    """The sampler with `rope` chosen where it was left open; `num_frames` is None for a video without end."""
+    long = num_frames is None or num_frames > MAX_ABSOLUTE_FRAMES
+    if sampler.rope == "auto":
+        sampler = dataclasses.replace(sampler, rope="relative" if long else "absolute")
+    if long and (sampler.rope == "absolute" or sampler.window == -1):
+        limit = MAX_ABSOLUTE_FRAMES / LATENTS_PER_SECOND
+        what = "an open-ended video does" if num_frames is None else f"{num_frames} latent frames do"
+        raise UserError(
+            f"{what} not fit the {MAX_ABSOLUTE_FRAMES} temporal positions ({limit:g} s); "
+            "use rope relative with a window of fixed size"
+        )
+    return sampler
+
+
 def as_schedules(prompts: Prompts) -> list[Schedule]:
     """One schedule a video, from all that `Prompts` allows."""
     if isinstance(prompts, str):
         return [Schedule((prompts,))]
     if isinstance(prompts, Schedule):
         return [prompts]
-    prompts = list(prompts)
-    if prompts and all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[1], str) for p in prompts):
-        return [Schedule.from_timeline(prompts)]
+    if not isinstance(prompts, (list, tuple)):
+        raise UserError(f"a prompt is a text, a Schedule or a timeline, not {prompts!r}")
     if not prompts:
         raise UserError("there is no prompt; give a text, a list of texts, or [(0, text), (seconds, text), ...]")
+    if all(_is_start_and_text(p) for p in prompts):
+        return [Schedule.from_timeline(prompts)]
     return [schedule for prompt in prompts for schedule in as_schedules(prompt)]
+
+
+def _is_start_and_text(entry: Any) -> bool:
+    pair = isinstance(entry, (list, tuple)) and len(entry) == 2
+    return pair and isinstance(entry[0], Real) and isinstance(entry[1], str)
 
 
 def as_seeds(seed: int | Sequence[int], schedules: Sequence[Schedule]) -> tuple[int, ...]:
     """One seed a video; a schedule's own goes first."""
-    seeds = [seed] * len(schedules) if isinstance(seed, (int, np.integer)) else list(seed)
+    seeds = list(seed) if isinstance(seed, (list, tuple, range, np.ndarray)) else [seed] * len(schedules)
     if len(seeds) != len(schedules):
         raise UserError(f"{len(seeds)} seeds for {len(schedules)} videos; give one, or one each")
     seeds = [own.seed if own.seed is not None else given for own, given in zip(schedules, seeds)]
     for one in seeds:
-        if not (isinstance(one, (int, np.integer)) and 0 <= one <= MAX_SEED):
+        if not isinstance(one, Integral) or isinstance(one, bool) or not 0 <= one <= MAX_SEED:
             raise UserError(f"seed is {one!r}; it must be a whole number from 0 to {MAX_SEED}")
     return tuple(int(s) for s in seeds)
 

@@ -35,9 +35,11 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1
     """
     sizes = (data, fsdp, context, tensor)
     devices = jax.devices() if devices is None else devices
+    shape = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes))
+    if min(sizes) < 1:
+        raise UserError(f"mesh {shape} has an empty axis; every axis needs 1 or more")
     needed = data * fsdp * context * tensor
-    if min(sizes) < 1 or needed > len(devices):
-        shape = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes))
+    if needed > len(devices):
         raise UserError(f"mesh {shape} needs {needed} devices, there are {len(devices)}; make an axis smaller")
     # Auto axes: the compiler chooses. jax.make_mesh would give Explicit ones by default.
     return jax.make_mesh(sizes, AXES, devices=devices[:needed], axis_types=(AxisType.Auto,) * len(AXES))

@@ -8,11 +8,13 @@ optimisations, which halves the time of a test run. Both are set here, before an
 from __future__ import annotations
 
 import os
+import warnings
 
 import jaxtyping
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 CHECKED = ("cache", "decoding", "models", "schedule", "training")
+warnings.filterwarnings("ignore", ".*deprecated by PEP 585")  # beartype on `typing.MutableSequence` in flax
 jaxtyping.install_import_hook([f"longlive_jax.{module}" for module in CHECKED], "beartype.beartype")
 
 import jax
@@ -30,11 +32,6 @@ from longlive_jax.config import (
 from longlive_jax.data.sprite_prompts import all_combinations, canonical
 from longlive_jax.pipeline import LongLivePipeline
 from longlive_jax.tokenizer import train_unigram
-
-
-def pytest_configure(config):
-    """beartype minds that flax's `nnx.List` is annotated with `typing.MutableSequence`."""
-    config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,8 @@ from longlive_jax.training.vae import inflate, latent_statistics, make_vae_step
 
 STAGES = {  # clips a batch, frames a clip, steps, peak learning rate
     "stills": (16, 1, 3600, 2e-3),
-    "clips": (3, 5, 1200, 1e-3),
-    "long-clips": (1, 13, 300, 3e-4),
+    "clips": (3, 5, 800, 1e-3),
+    "long-clips": (1, 13, 200, 3e-4),
 }
 KL_WEIGHT = 3e-4
 

@@ -12,11 +12,14 @@ from longlive_jax.cli.generate import Generate
 from longlive_jax.cli.parity import Parity
 from longlive_jax.errors import UserError
 
-Command = (
-    Annotated[Generate, tyro.conf.subcommand("generate", description=Generate.__doc__)]
-    | Annotated[Convert, tyro.conf.subcommand("convert", description=Convert.__doc__)]
-    | Annotated[Parity, tyro.conf.subcommand("parity", description=Parity.__doc__)]
-)
+
+def _subcommand(kind: type):
+    """The description is the docstring without its list of attributes, which tyro shows as the options' help."""
+    summary = kind.__doc__.split("\n\n")[0]
+    return Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), description=summary)]
+
+
+Command = _subcommand(Generate) | _subcommand(Convert) | _subcommand(Parity)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -69,25 +70,33 @@ class Generate:
     dtype: str | None = None
     sampler: Annotated[SamplerOverrides, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplerOverrides)
 
+    def __post_init__(self):
+        self._recorded_hash: str | None = None
+
     def run(self) -> int:
         if self.scale < 0:
             raise UserError(f"--scale is {self.scale}; give 1 or more, or 0 to choose by itself")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise UserError(f"--dtype is '{self.dtype}'; float32 and bfloat16 are known")
         jobs, settings, checkpoint = self._jobs()
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise UserError(f"dtype is {self.dtype!r}; float32 and bfloat16 are known")
         for _, target in jobs:
             require_free(target, self.overwrite)
             require_free(sidecar_path(target), self.overwrite)
         console = Console(stderr=True)
+        say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
         use_compilation_cache()
         # Imported here: `longlive --help` and bad input must not wait for jax.
         from longlive_jax.pipeline import LongLivePipeline
 
         started = time.monotonic()
-        pipe = LongLivePipeline.from_pretrained(checkpoint, dtype=self.dtype, note=console.print)
+        pipe = LongLivePipeline.from_pretrained(checkpoint, dtype=self.dtype, note=say)
         loaded = time.monotonic() - started
+        if self._recorded_hash not in (None, pipe.checkpoint_info["hash"]):
+            say(f"warning: {checkpoint} is not the checkpoint that made {self.from_json}; the video will differ")
+        for schedule, _ in jobs:  # all of them, so that a fault in the last is told before the first is made
+            pipe.prepare(schedule, **settings)
         for schedule, target in jobs:
-            self._one(pipe, schedule, target, settings, {"load_seconds": round(loaded, 3)}, console)
+            self._one(pipe, schedule, target, settings, {"load_seconds": round(loaded, 3)}, console, say)
         return 0
 
     def _jobs(self) -> tuple[list[tuple[Schedule, Path]], dict[str, Any], str]:
@@ -109,8 +118,9 @@ class Generate:
             record = load_sidecar(self.from_json)
             own = {k: v for k, v in record["settings"].items() if k != "dtype"}
             self.dtype = self.dtype or record["settings"].get("dtype")
+            self._recorded_hash = record["checkpoint"].get("hash")
             schedules = [record_schedule(record, self.from_json)]
-            settings, checkpoint = own | settings, self.checkpoint or record["checkpoint"].get("name", "sprites")
+            settings, checkpoint = own | settings, self.checkpoint or str(record["checkpoint"].get("name", "sprites"))
         elif self.prompts is not None:
             schedules = read_schedules(self.prompts)
         else:
@@ -121,7 +131,7 @@ class Generate:
     def _completed(self, schedule: Schedule, official: OfficialRun, seed: int) -> Schedule:
         """The command line goes before what a prompt file says, and that before a YAML file."""
         times = schedule.switch_seconds
-        if times is None and official.switch_seconds and len(official.switch_seconds) == len(schedule.prompts) - 1:
+        if times is None and len(schedule.prompts) > 1:
             times = official.switch_seconds
         seconds = next(
             (s for s in (self.seconds, schedule.seconds, official.seconds) if s is not None), DEFAULT_SECONDS
@@ -134,32 +144,32 @@ class Generate:
             folder = self.output or Path("outputs")
             if folder.suffix.lower() == ".mp4":
                 raise UserError(f"--prompts makes one video a line, so --output must be a folder, not {folder}")
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"--output {folder} is a file; --prompts makes one video a line and needs a folder")
             return [folder / f"{stem}.mp4" for stem in output_stems(schedules, seed)]
         if self.output is None:
-            return [
-                Path("outputs") / f"{stem}-{s.seed}.mp4" for stem, s in zip(output_stems(schedules, seed), schedules)
-            ]
+            return [Path("outputs") / f"{stem}.mp4" for stem in output_stems(schedules, seed)]
         if self.output.suffix.lower() != ".mp4":
             raise UserError(f"--output is {self.output}; a video's name must end in .mp4")
         return [self.output]
 
-    def _one(self, pipe, schedule: Schedule, target: Path, settings, timings: dict[str, Any], console) -> None:
-        stream = pipe.stream(schedule, **settings)
-        plan, block = stream.plans[0], stream.sampler.block_frames
-        if note := length_note(schedule.seconds, block):
-            console.print(note)
-        for asked, applied, text in zip(plan.asked_seconds, plan.applied_seconds, plan.prompts[1:]):
-            console.print(f"switch at {asked:g} s takes effect at {applied:g} s: {text}", highlight=False)
+    def _one(self, pipe, schedule: Schedule, target: Path, settings, timings: dict[str, Any], console, say) -> None:
         from longlive_jax import memory
 
-        parts = memory.estimate(pipe.config, stream.sampler, 1, plan.num_frames, pipe.dtype)
-        console.print(f"memory: {memory.describe(parts)}", highlight=False)
+        sampler, (plan,), _, _ = pipe.prepare(schedule, **settings)
+        if note := length_note(schedule.seconds, sampler.block_frames):
+            say(note)
+        for asked, applied, text in zip(plan.asked_seconds, plan.applied_seconds, plan.prompts[1:]):
+            say(f"switch at {asked:g} s takes effect at {applied:g} s: {text}")
+        parts = memory.estimate(pipe.config, sampler, 1, plan.num_frames, pipe.dtype, switches=bool(plan.switch_blocks))
+        say(f"memory beside the weights: {memory.describe(parts)}")
+        stream = pipe.stream(schedule, **settings)
         started = time.monotonic()
         marks = []
         total = pixel_frames(plan.num_frames)
         bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-            console=console, transient=False,
+            TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(), console=console, transient=False,
         )  # fmt: skip
         with bar, VideoWriter(target, scale=self.scale or "auto", overwrite=self.overwrite) as writer:
             task = bar.add_task(target.name, total=total, rate="compiling")
@@ -172,10 +182,9 @@ class Generate:
         from longlive_jax.pipeline import record_of
 
         write_sidecar(target, record_of(plan, stream.seeds[0], record), overwrite=self.overwrite)
-        console.print(
+        say(
             f"{target}: {total} frames, {total / FPS:g} s of video; first frame after "
-            f"{timings['first_frame_seconds']:.1f} s, then {timings['frames_per_second']:.1f} frames a second",
-            highlight=False,
+            f"{timings['first_frame_seconds']:.1f} s, then {timings['frames_per_second']:.1f} frames a second"
         )
 
 

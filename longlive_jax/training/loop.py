@@ -24,7 +24,7 @@ def run(
     steps: int,
     folder: Path,
     seed: int = 0,
-    save_every: int = 200,
+    save_every: int = 100,
     log_every: int = 10,
     seconds: float | None = None,
 ) -> Any:

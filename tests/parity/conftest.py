@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from longlive_jax.conversion import tables
-from longlive_jax.conversion.convert import convert_wan
 from safetensors.numpy import save_file
 
 from longlive_jax.checkpoint import tensor_shapes
 from longlive_jax.config import TextEncoderConfig, TransformerConfig, VAEConfig
+from longlive_jax.conversion import tables
+from longlive_jax.conversion.convert import convert_wan
 
 DATA = Path(__file__).parent / "data"
 MANIFEST = json.loads((DATA / "manifest.json").read_text())

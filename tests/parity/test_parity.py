@@ -1,10 +1,10 @@
 """Our models on converted checkpoints against recorded outputs of the official PyTorch implementation, float32."""
 
 import pytest
-from longlive_jax.conversion.parity import run_case
 
 from longlive_jax import checkpoint
 from longlive_jax.config import TransformerConfig
+from longlive_jax.conversion.parity import run_case
 
 # Measured: 1e-6 to 5e-6. The project's bound is 1e-4, but an eps of 1e-5 in place of 1e-6 would pass that.
 ATOL = 2e-5

@@ -1,0 +1,76 @@
+"""Adherence of a sprites checkpoint: which share of test-set clips show what their prompt says.
+
+    python experiments/sprites/evaluate.py --checkpoint sprites --clips 200
+
+Prompts of combinations that were never trained on; attributes read off the last second of each clip. Writes a JSON with
+the figures (95 % intervals by Wilson) and a contact sheet to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from longlive_jax.config import FPS
+from longlive_jax.data.sprite_prompts import canonical
+from longlive_jax.data.sprites import ATTRIBUTES, combinations_of
+from longlive_jax.evaluation.sprites import adherence, read
+from longlive_jax.pipeline import LongLivePipeline
+from longlive_jax.sidecar import versions
+from longlive_jax.video import contact_sheet, save_image
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a share."""
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="sprites")
+    parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--batch-size", type=int, default=20)
+    parser.add_argument("--steps", type=float, nargs="*")
+    parser.add_argument("--output", type=Path, default=Path("outputs/adherence"))
+    args = parser.parse_args()
+
+    pool = combinations_of("test")
+    order = np.random.default_rng(0).permutation(len(pool))
+    combinations = [pool[int(i)] for i in np.resize(order, args.clips)]
+    settings = {"steps": args.steps} if args.steps else {}
+    pipe = LongLivePipeline.from_pretrained(args.checkpoint)
+    readings, sheets, started = [], [], time.monotonic()
+    for start in range(0, args.clips, args.batch_size):
+        part = combinations[start : start + args.batch_size]
+        seeds = list(range(start, start + len(part)))
+        video = pipe([canonical(c) for c in part], seconds=args.seconds, seed=seeds, **settings)
+        readings += [read(frames[-FPS:]) for frames in video.frames]
+        sheets += [frames[:: max(1, len(frames) // 6)][:7] for frames in video.frames]
+    figures = {
+        name: {"share": share, "interval": wilson(share, len(readings))}
+        for name, share in adherence(readings, combinations).items()
+    }
+    report = {
+        "checkpoint": pipe.checkpoint_info, "clips": args.clips, "seconds": args.seconds, "adherence": figures,
+        "settings": settings, "minutes": round((time.monotonic() - started) / 60, 2), "versions": versions(),
+    }  # fmt: skip
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "adherence.json").write_text(json.dumps(report, indent=1) + "\n")
+    save_image(contact_sheet(np.concatenate(sheets[:16]), 14, scale=2), args.output / "clips.png")
+    for name in (*ATTRIBUTES, "all"):
+        low, high = figures[name]["interval"]
+        print(f"{name:12} {figures[name]['share']:6.1%}  ({low:.1%} to {high:.1%})")
+    for combination, reading in list(zip(combinations, readings))[:8]:
+        print(canonical(combination), "->", {name: getattr(reading, name) for name in ATTRIBUTES})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The VAE's loss and step: it learns, and the statistics of its latents are those of its latents."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from longlive_jax.config import VAEConfig
+from longlive_jax.data.sprite_source import make_clip
+from longlive_jax.models.vae import VAE
+from longlive_jax.training.vae import inflate, latent_statistics, make_vae_step
+
+CFG = VAEConfig(base_width=4, multipliers=(1, 2, 2, 2), res_blocks=1, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16)
+
+
+def frames(clips: int, length: int) -> np.ndarray:
+    return np.stack([make_clip(0, i, length)["frames"][:, ::2, ::2] for i in range(clips)])
+
+
+def test_vae_learns_stills():
+    graph, params = nnx.split(inflate(VAE(CFG, rngs=nnx.Rngs(0))))
+    params = nnx.to_pure_dict(params)
+    optimizer = optax.adam(3e-3)
+    state = {"params": params, "opt": optimizer.init(params), "ema": jax.tree.map(np.array, params)}
+    step = make_vae_step(graph, optimizer, kl_weight=1e-4)
+    first = None
+    for i in range(60):
+        state, metrics = step(state, frames(8, 1), jax.random.key(i))
+        first = first or float(metrics["l1"])
+    assert float(metrics["l1"]) < 0.5 * first
+    assert float(metrics["kl"]) > 0
+
+
+def test_statistics_normalise_the_latents():
+    vae = VAE(CFG, rngs=nnx.Rngs(0))
+    clips = frames(6, 5)
+    mean, std = latent_statistics(vae, [clips[:3], clips[3:]])
+    normal = VAE(dataclasses.replace(CFG, latent_mean=tuple(mean), latent_std=tuple(std)), rngs=nnx.Rngs(0))
+    latents, _ = normal.encode(np.asarray(clips, np.float32) / 127.5 - 1)
+    np.testing.assert_allclose(np.mean(latents, axis=(0, 1, 2, 3)), 0, atol=1e-4)
+    assert (np.std(latents, axis=(0, 1, 2, 3)) <= 1).all()  # the posterior's own spread counts too
