@@ -17,12 +17,13 @@ import ml_dtypes
 import numpy as np
 
 from longlive_jax import checkpoint
-from longlive_jax.checkpoint import LazyTensor, collect, compare_shapes, raise_all
+from longlive_jax.checkpoint import compare_shapes
 from longlive_jax.config import ModelConfig, SamplerConfig
 from longlive_jax.conversion import sizes, tables
 from longlive_jax.conversion.lora import Lora, lora_faults, merge, open_lora
 from longlive_jax.conversion.readers import GENERATOR_KEYS, Reader, open_weights
-from longlive_jax.errors import UserError
+from longlive_jax.errors import UserError, collect, raise_all
+from longlive_jax.tensor_files import LazyTensor
 from longlive_jax.tokenizer import PromptTokenizer
 
 OUTPUT_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from longlive_jax.checkpoint import SafetensorsPart
 from longlive_jax.errors import UserError
+from longlive_jax.tensor_files import SafetensorsPart
 
 GENERATOR_KEYS = ("generator", "generator_ema", "model")
 """Entries of a LongLive or Self-Forcing file that hold a DiT, in the order they are tried."""

@@ -292,7 +292,7 @@ OFFICIAL_NAMES = {
 
 
 def official_changes(settings: dict[str, Any]) -> dict[str, Any]:
-    """Changes to a `SamplerConfig` from settings under LongLive v1.0's names; keys that mean nothing here are ignored."""
+    """Changes to a `SamplerConfig` from settings under LongLive v1.0's names; other keys are ignored."""
     changes = {ours: settings[theirs] for theirs, ours in OFFICIAL_NAMES.items() if theirs in settings}
     if "global_sink" in settings:
         changes["sink"] = "keep" if settings["global_sink"] else "refresh"

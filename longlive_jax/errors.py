@@ -1,8 +1,27 @@
 """The one exception whose text is meant for the person at the keyboard."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 
 class UserError(Exception):
     """Bad input. The message is one clear line that says what is wrong and what to do about it.
 
     The command line prints it without a traceback and exits with status 1; library users can catch it.
     """
+
+
+@contextlib.contextmanager
+def collect(faults: list[str]) -> Iterator[None]:
+    """Notes a UserError of its body and goes on, so that all faults can be told at once."""
+    try:
+        yield
+    except UserError as error:
+        faults.append(str(error))
+
+
+def raise_all(faults: Sequence[str], prefix: str = "") -> None:
+    """One UserError with every fault, if there are any."""
+    if faults:
+        count = f"{len(faults)} faults: " if len(faults) > 1 else ""
+        raise UserError(prefix + count + "; ".join(faults))

@@ -15,6 +15,9 @@ from longlive_jax.prompts import LATENTS_PER_SECOND
 USED = (*OFFICIAL_NAMES, "global_sink", "use_infinite_attention", "num_output_frames", "seed", "switch_frame_indices")
 """Keys that say how a video is decoded."""
 
+PERMISSIVE = SamplerConfig(window=-1, sink_frames=0, block_frames=1, warp=False)
+"""What a file's settings are checked against: what it leaves open must not be what it is refused for."""
+
 ELSEWHERE = {
     "model_name": "the checkpoint says it",
     "generator_ckpt": "longlive convert --generator",
@@ -74,7 +77,7 @@ def read_official(path: str | Path) -> OfficialRun:
             raise UserError(f"{path}: {unknown_name('key', str(key), (*USED, *ELSEWHERE))}")
     try:
         sampler = official_changes(settings)
-        replace(SamplerConfig(), **sampler)
+        replace(PERMISSIVE, **sampler)
         frames, seed = (_whole(key, settings.get(key)) for key in ("num_output_frames", "seed"))
         return OfficialRun(
             sampler=sampler,

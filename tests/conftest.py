@@ -34,6 +34,11 @@ from longlive_jax.pipeline import LongLivePipeline
 from longlive_jax.tokenizer import train_unigram
 
 
+def pytest_configure(config):
+    """JAX warns of every fork; ours are followed at once by an exec, which is safe."""
+    config.addinivalue_line("filterwarnings", "ignore:os.fork:RuntimeWarning")
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
     """32 x 32 pixels, latents of 4 x 4, 4 tokens a frame; blocks of 2 frames, window 6, sink 2."""

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from longlive_jax import checkpoint
-from longlive_jax.checkpoint import LazyTensor
 from longlive_jax.config import ModelConfig, SamplerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from longlive_jax.errors import UserError
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
+from longlive_jax.tensor_files import LazyTensor, write_safetensors
 from longlive_jax.tokenizer import train_unigram
 
 CONFIG = ModelConfig(
@@ -349,7 +349,7 @@ def test_scalars_and_empty_tensors_keep_their_bytes(tmp_path):
         LazyTensor(name, np.shape(value), np.asarray(value).dtype, lambda value=value: value)
         for name, value in values.items()
     ]
-    checkpoint.write_safetensors(Path(tmp_path / "x.safetensors"), tensors)
+    write_safetensors(Path(tmp_path / "x.safetensors"), tensors)
     loaded = load_file(tmp_path / "x.safetensors")
     for name, value in values.items():
         np.testing.assert_array_equal(loaded[name], value)

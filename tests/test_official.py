@@ -58,6 +58,11 @@ def test_the_interactive_file(read):
     assert {"adapter", "data_path", "generator_ckpt", "output_folder", "use_ema"} <= set(run.elsewhere)
 
 
+def test_a_file_is_not_refused_for_what_it_leaves_open(read):
+    """The checkpoint's own sink may be small enough for this window."""
+    assert read("local_attn_size: 4\n").sampler == {"window": 4}
+
+
 def test_infinite_attention_is_relative_rope(read):
     assert read("model_kwargs:\n  use_infinite_attention: true\n").sampler == {"rope": "relative"}
 
@@ -81,7 +86,7 @@ def test_spellings_of_switch_frames(read, text, times):
         ("- 1\n- 2\n", "run.yaml: expected a table of settings"),
         ("", "run.yaml: expected a table of settings"),
         ("model_kwargs: 3\n", "run.yaml: model_kwargs must be a table of settings"),
-        ("local_attn_size: 4\n", "run.yaml: window is 4 latent frames; .* at least 6"),
+        ("local_attn_size: 4\nsink_size: 3\nnum_frame_per_block: 3\n", "run.yaml: window is 4 .* at least 6"),
         ("local_attn_size: twelve\n", "run.yaml: window must be int, got 'twelve'"),
         ("num_output_frames: many\n", "run.yaml: num_output_frames must be a whole number"),
         ("switch_frame_indices: 1, x\n", "run.yaml: switch_frame_indices must be whole numbers"),

@@ -19,7 +19,8 @@ import numpy as np
 from longlive_jax.config import FPS
 from longlive_jax.data.sprite_prompts import canonical
 from longlive_jax.data.sprites import ATTRIBUTES, combinations_of
-from longlive_jax.evaluation.sprites import adherence, read
+from longlive_jax.evaluation.figures import adherence
+from longlive_jax.evaluation.sprites import read
 from longlive_jax.pipeline import LongLivePipeline
 from longlive_jax.sidecar import versions
 from longlive_jax.video import contact_sheet, save_image

@@ -100,7 +100,7 @@ def make_step(text_graph, graph, optimizer, decay: float):
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         ema = optax.incremental_update(params, state["ema"], 1 - decay)
-        return {"params": params, "opt": opt, "ema": ema}, {"loss": value, "grad_norm": optax.global_norm(grads)}
+        return {"params": params, "opt": opt, "ema": ema}, {"loss": value, "grad_norm": optax.tree.norm(grads)}
 
     return jax.jit(step, donate_argnums=0)
 

@@ -83,7 +83,7 @@ class Generate:
             require_free(target, self.overwrite)
             require_free(sidecar_path(target), self.overwrite)
         console = Console(stderr=True)
-        say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        say = functools.partial(console.print, markup=False, emoji=False, highlight=False, soft_wrap=True)
         use_compilation_cache()
         # Imported here: `longlive --help` and bad input must not wait for jax.
         from longlive_jax.pipeline import LongLivePipeline

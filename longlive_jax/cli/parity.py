@@ -43,9 +43,8 @@ class Parity:
                 code = 2
                 continue
             entries.append(entry)
-            print(
-                f"{'ok  ' if entry['ok'] else 'FAIL'} {entry['case']:24} max {entry['max_abs']:.2e} rms {entry['rms']:.2e}"
-            )
+            verdict = "ok  " if entry["ok"] else "FAIL"
+            print(f"{verdict} {entry['case']:24} max {entry['max_abs']:.2e} rms {entry['rms']:.2e}")
             code = max(code, 0 if entry["ok"] else 1)
         if self.json_output is not None:
             self.json_output.parent.mkdir(parents=True, exist_ok=True)

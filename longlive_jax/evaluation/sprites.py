@@ -1,4 +1,4 @@
-"""Reads the attributes of the sprites world off decoded frames, and the figures that are made of them.
+"""Reads the attributes of the sprites world off decoded frames.
 
 Every frame is read by itself first (background, sprite colour, shape, size, centroid); a clip's reading is the vote of
 its frames, and its motion comes from the centroid track. The sprite is whatever differs from its row's median colour,
@@ -7,18 +7,16 @@ so a drifted background still segments. Nothing here raises on garbage: what can
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
 from longlive_jax.data.sprites import (
-    ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
     DRIFTS,
-    FPS,
     MOTIONS,
     ORBIT_FRAMES,
     ORBIT_RADIUS,
@@ -26,7 +24,6 @@ from longlive_jax.data.sprites import (
     SHAPES,
     SIZES,
     SPEED,
-    Combination,
     background_rows,
     coverage,
 )
@@ -43,8 +40,6 @@ MAX_FOREGROUND = 0.35  # of the picture; a large circle takes 0.11, and beyond t
 MAX_TRACK_ERROR = 2.0  # pixels, mean distance from the best motion
 _HALF = 15  # the patch around the centroid that is compared with the templates: 31 x 31 pixels
 _RADII = (5.5, 6.25, 7.0, 8.0, 9.5, 11.0, 12.0, 13.0)  # generated sprites come between the sizes too
-
-Stated = Combination | Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ def _peak(mask: np.ndarray) -> np.ndarray:
     return np.stack([x, y], -1) + 0.5
 
 
-def _torus(difference: np.ndarray) -> np.ndarray:
+def torus(difference: np.ndarray) -> np.ndarray:
     """The short way round: differences of positions brought into [-32, 32)."""
     return (difference + PICTURE / 2) % PICTURE - PICTURE / 2
 
@@ -120,7 +115,7 @@ def _torus(difference: np.ndarray) -> np.ndarray:
 def _near(centres: np.ndarray, radius: float) -> np.ndarray:
     """Pixels within the radius of each centre, on the torus: bool [T, 64, 64]."""
     pixel = np.arange(PICTURE) + 0.5
-    offsets = _torus(pixel[None, :, None] - centres[:, None, :])
+    offsets = torus(pixel[None, :, None] - centres[:, None, :])
     return offsets[:, None, :, 0] ** 2 + offsets[:, :, None, 1] ** 2 <= radius**2
 
 
@@ -130,7 +125,7 @@ def _centroid(weights: np.ndarray) -> np.ndarray:
     marginals = np.stack([weights.sum(1), weights.sum(2)], 1).astype(np.float64)  # [T, 2, 64]
     turns = np.exp(2j * np.pi * pixel / PICTURE)
     centre = np.angle(marginals @ turns) / (2 * np.pi) * PICTURE
-    offsets = _torus(pixel - centre[..., None])
+    offsets = torus(pixel - centre[..., None])
     shift = (marginals * offsets).sum(-1) / np.maximum(marginals.sum(-1), 1e-6)
     return (centre + shift) % PICTURE
 
@@ -188,13 +183,13 @@ def _size_of(shape: str | None, area: float) -> str | None:
     return best if gaps[best] < math.log(2.0) else None
 
 
-def _background_distances(rows: np.ndarray) -> np.ndarray:
+def background_distances(rows: np.ndarray) -> np.ndarray:
     """Mean RGB distance of each frame's rows [T, 64, 3] to every background: [T, 6]."""
     palette = np.rint([background_rows(name) for name in BACKGROUNDS])
     return np.sqrt(((rows[:, None] - palette) ** 2).sum(-1)).mean(-1)
 
 
-def _colour_distances(colours: np.ndarray) -> np.ndarray:
+def colour_distances(colours: np.ndarray) -> np.ndarray:
     """RGB distance of sprite colours [T, 3] to every palette colour: [T, 6], nan where no sprite is seen."""
     return np.sqrt(((colours[:, None] - np.array(list(COLOURS.values()), float)) ** 2).sum(-1))
 
@@ -237,7 +232,7 @@ def motion_errors(windows: Float[np.ndarray, "w n 2"]) -> Float[np.ndarray, "w 7
     Args:
       windows: [W, N, 2] positions (x, y) on the torus, N <= about 40 frames: one reflection an axis at most.
     """
-    steps = _torus(np.diff(windows, axis=1))
+    steps = torus(np.diff(windows, axis=1))
     # Unwrapped from the window's own start, which lies in the picture: an orbit is at home there.
     path = windows[:, :1] + np.concatenate([np.zeros_like(windows[:, :1]), np.cumsum(steps, axis=1)], axis=1)
     times = np.arange(path.shape[1])[:, None]
@@ -260,7 +255,7 @@ def _filled(track: np.ndarray) -> np.ndarray | None:
     seen = np.flatnonzero(~np.isnan(track[:, 0]))
     if len(track) < MIN_MOTION_FRAMES or len(seen) < 0.6 * len(track):
         return None
-    path = track[seen[0]] + np.concatenate([np.zeros((1, 2)), np.cumsum(_torus(np.diff(track[seen], axis=0)), axis=0)])
+    path = track[seen[0]] + np.concatenate([np.zeros((1, 2)), np.cumsum(torus(np.diff(track[seen], axis=0)), axis=0)])
     return np.stack([np.interp(np.arange(len(track)), seen, path[:, i]) for i in (0, 1)], -1) % PICTURE
 
 
@@ -279,7 +274,7 @@ def _read_motion(track: np.ndarray) -> tuple[str | None, list[str | None]]:
 # Reading a clip -------------------------------------------------------------------------------------------------------
 
 
-def _voted(values: Sequence[str | None]) -> list[str | None]:
+def vote(values: Sequence[str | None]) -> list[str | None]:
     """Running vote over `VOTE` frames, centred; a tie keeps the frame's own value."""
     voted = []
     for t, own in enumerate(values):
@@ -307,7 +302,7 @@ def read(frames: np.ndarray) -> Reading:
     seen = ~np.isnan(track[:, 0])
     mostly = seen.mean() >= 0.5
 
-    places, tints = _background_distances(rows), _colour_distances(colours)
+    places, tints = background_distances(rows), colour_distances(colours)
     place = places.mean(0)
     tint = tints[seen].mean(0) if mostly else np.full(len(COLOURS), np.nan)
     form = overlap[seen].mean(0) if mostly else np.zeros(len(SHAPES))
@@ -334,124 +329,4 @@ def read(frames: np.ndarray) -> Reading:
         },
         background_rgb=rows,
         sprite_rgb=colours,
-    )
-
-
-# Figures --------------------------------------------------------------------------------------------------------------
-
-
-def _stated(wanted: Stated) -> dict[str, str]:
-    return asdict(wanted) if isinstance(wanted, Combination) else dict(wanted)
-
-
-def adherence(readings: Sequence[Reading], combinations: Sequence[Stated]) -> dict[str, float]:
-    """Share of clips whose attribute is right, per attribute, and under "all" that of clips right in all of them.
-
-    Args:
-      readings: one a clip.
-      combinations: what each was asked for: a combination, or the attributes that its prompt states (`parse`). An
-        attribute that a prompt leaves open is not counted; one that no prompt states is nan.
-    """
-    if len(readings) != len(combinations):
-        raise UserError(f"adherence: {len(readings)} readings for {len(combinations)} prompts; give one of each a clip")
-    rights: dict[str, list[bool]] = {attribute: [] for attribute in (*ATTRIBUTES, "all")}
-    for reading, wanted in zip(readings, combinations, strict=True):
-        stated = _stated(wanted)
-        for attribute, value in stated.items():
-            rights[attribute].append(getattr(reading, attribute) == value)
-        rights["all"].append(all(getattr(reading, attribute) == value for attribute, value in stated.items()))
-    return {attribute: float(np.mean(right)) if right else math.nan for attribute, right in rights.items()}
-
-
-def colour_errors(reading: Reading, combination: Stated) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
-    """Colour error of the background and of the sprite against the prompt's palette, frame by frame.
-
-    Returns:
-      RGB distances (Euclidean, 0 to 441), [T] each; nan where no sprite is seen or the prompt leaves the colour open.
-    """
-    stated = _stated(combination)
-    background = sprite = np.full(len(reading.track), np.nan)
-    if "background" in stated:
-        background = _background_distances(reading.background_rgb)[:, list(BACKGROUNDS).index(stated["background"])]
-    if "colour" in stated:
-        sprite = _colour_distances(reading.sprite_rgb)[:, list(COLOURS).index(stated["colour"])]
-    return background, sprite
-
-
-def _last_start(attribute: str, until: int) -> int:
-    """First frame after those whose reading of the attribute uses only frames before `until`."""
-    return until - MOTION_WINDOW + 1 if attribute == "motion" else until
-
-
-def _split(before: Stated, after: Stated) -> tuple[dict[str, str], dict[str, str]]:
-    """Attributes that a switch changes (their new values), and those that it keeps; both prompts must state them."""
-    old, new = _stated(before), _stated(after)
-    both = {attribute: new[attribute] for attribute in new if attribute in old}
-    changed = {attribute: value for attribute, value in both.items() if old[attribute] != value}
-    return changed, {attribute: value for attribute, value in both.items() if attribute not in changed}
-
-
-def _check_switch(reading: Reading, switch_frame: int, until: int | None) -> int:
-    until = len(reading.track) if until is None else until
-    if not 0 < switch_frame <= until - MOTION_WINDOW or until > len(reading.track):
-        raise UserError(
-            f"switch figures: a switch at frame {switch_frame} read until frame {until} of {len(reading.track)}; "
-            f"it needs a frame before it and {MOTION_WINDOW} after it"
-        )
-    return until
-
-
-def switch_latencies(
-    reading: Reading, switch_frame: int, before: Stated, after: Stated, *, until: int | None = None
-) -> dict[str, float]:
-    """Seconds from a switch until each changed attribute reads as the new prompt's for good; inf if it never does.
-
-    "For good" is up to `until` (the next switch; default: the end), after a running vote of 5 frames. Motion at a frame
-    is read from the 16 frames that follow, so it may read as new up to half a second early; never below 0. The latency
-    of the switch is the largest value.
-    """
-    until = _check_switch(reading, switch_frame, until)
-    latencies = {}
-    for attribute, value in _split(before, after)[0].items():
-        values = _voted(reading.frames[attribute][: _last_start(attribute, until)])[switch_frame:]
-        wrong = [t for t, v in enumerate(values) if v != value]
-        late = wrong[-1] + 1 if wrong else 0
-        latencies[attribute] = late / FPS if late < len(values) else math.inf
-    return latencies
-
-
-@dataclass(frozen=True)
-class Continuity:
-    """How smoothly a clip goes through a switch.
-
-    Attributes:
-      kept: unchanged attribute -> whether 90 % of the frames from 1 s before the switch to 2 s after it read right.
-      largest_jump: largest centroid step between neighbouring frames within 1 s of the switch, pixels; inf where no
-        sprite is seen there.
-      median_jump: the clip's median step, pixels.
-    """
-
-    kept: dict[str, bool]
-    largest_jump: float
-    median_jump: float
-
-
-def continuity(
-    reading: Reading, switch_frame: int, before: Stated, after: Stated, *, until: int | None = None
-) -> Continuity:
-    """Continuity of a clip around a prompt switch at `switch_frame`; `until` is the next switch's frame, if any."""
-    until = _check_switch(reading, switch_frame, until)
-    kept = {}
-    for attribute, value in _split(before, after)[1].items():
-        values = _voted(reading.frames[attribute][: _last_start(attribute, until)])
-        values = values[max(0, switch_frame - FPS) : switch_frame + 2 * FPS]
-        kept[attribute] = sum(v == value for v in values) >= 0.9 * len(values)
-    # Steps between neighbouring frames that show a sprite: one that vanishes and comes back elsewhere has jumped.
-    seen = np.flatnonzero(~np.isnan(reading.track[:, 0]))
-    steps = np.hypot(*_torus(np.diff(reading.track[seen], axis=0)).T)
-    close = steps[np.abs(seen[1:] - switch_frame) <= FPS]
-    return Continuity(
-        kept=kept,
-        largest_jump=float(close.max()) if len(close) else math.inf,
-        median_jump=float(np.median(steps)) if len(steps) else math.nan,
     )

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from einops import rearrange
 from flax import nnx
+from tiny import TRANSFORMER, by_layer, shaken, structure
 
 from longlive_jax.cache import Window
-from longlive_jax.config import SamplerConfig, TransformerConfig
+from longlive_jax.config import SamplerConfig
 from longlive_jax.decoding.decoder import Decoder
 from longlive_jax.decoding.state import BlockInputs, block_noise
 from longlive_jax.models import rope
@@ -20,22 +21,19 @@ from longlive_jax.models.layers import run_layers
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.schedule import few_step_list, sigma_of
 
-CFG = TransformerConfig(dim=24, ffn_dim=32, num_layers=2, num_heads=2, in_channels=4, out_channels=4, text_dim=8, text_length=4)  # fmt: skip
+CFG = TRANSFORMER
 SIZE = dict(height=32, width=48)
 
 
 @functools.cache
 def network(stacked: bool = True):
     """Structure and parameters; the list form has the same numbers as the stacked one."""
-    model = WanTransformer(CFG, stacked=True, rngs=nnx.Rngs(0))
+    model = WanTransformer(CFG, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
-    params = nnx.to_pure_dict(params)
-    # Small modulations at initialisation hide mistakes: make every part matter.
-    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    params = shaken(nnx.to_pure_dict(params))
     if not stacked:
-        graph, _ = nnx.split(nnx.eval_shape(lambda: WanTransformer(CFG, stacked=False, rngs=nnx.Rngs(0))))
-        layers = {i: jax.tree.map(lambda a, i=i: a[i], params["blocks"]) for i in range(CFG.num_layers)}
-        params = params | {"blocks": layers}
+        graph = structure(lambda: WanTransformer(CFG, stacked=False, rngs=nnx.Rngs(0)))
+        params = by_layer(params, CFG.num_layers)
     return graph, params
 
 
@@ -52,7 +50,7 @@ def case(sampler: SamplerConfig, frames: int, switches=(), batch: int = 1, promp
     inputs = BlockInputs(
         switch=jnp.asarray(np.isin(blocks, starts)), prompt=jnp.asarray((blocks[:, None] >= starts).sum(1), jnp.int32)
     )
-    embeds = jax.random.normal(jax.random.key(5), (prompts if len(starts) else 1, batch, 4, 8))
+    embeds = jax.random.normal(jax.random.key(5), (prompts if len(starts) else 1, batch, 4, CFG.text_dim))
     keys = jnp.stack([jax.random.key(i) for i in range(batch)])
     return embeds, keys, inputs
 

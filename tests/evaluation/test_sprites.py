@@ -18,7 +18,8 @@ from longlive_jax.data.sprites import (
     render_schedule,
 )
 from longlive_jax.errors import UserError
-from longlive_jax.evaluation.sprites import adherence, colour_errors, continuity, read, switch_latencies
+from longlive_jax.evaluation.figures import adherence, colour_errors, continuity, switch_latencies
+from longlive_jax.evaluation.sprites import read
 
 
 def degrade(frames: np.ndarray, blur: float, noise: float, rng: np.random.Generator) -> np.ndarray:

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import TRANSFORMER, by_layer, shaken, structure
 
 from longlive_jax.cache import KVCache, Window
-from longlive_jax.config import ModelConfig, TransformerConfig
+from longlive_jax.config import ModelConfig
 from longlive_jax.models import rope
 from longlive_jax.models.attention import attention
 from longlive_jax.models.transformer import WanTransformer, time_embedding
 from longlive_jax.training.teacher_forcing import teacher_forcing_mask
 
-CFG = TransformerConfig(dim=24, ffn_dim=32, num_layers=2, num_heads=2, in_channels=4, out_channels=4, text_dim=8, text_length=6)  # fmt: skip
+CFG = TRANSFORMER
 TEXT = jax.random.normal(jax.random.key(3), (2, 4, 8))
 X = jax.random.normal(jax.random.key(4), (2, 6, 4, 6, 4))
 
@@ -23,10 +24,7 @@ X = jax.random.normal(jax.random.key(4), (2, 6, 4, 6, 4))
 def network(cfg=CFG, **options) -> WanTransformer:
     model = WanTransformer(cfg, rngs=nnx.Rngs(0), **options)
     graph, params = nnx.split(model)
-    shaken = jax.tree.map(
-        lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), nnx.to_pure_dict(params)
-    )
-    return nnx.merge(graph, shaken)
+    return nnx.merge(graph, shaken(nnx.to_pure_dict(params)))
 
 
 @pytest.mark.parametrize("head_dim", [12, 32, 64, 128])
@@ -93,9 +91,8 @@ def test_padding_of_the_prompt_is_attended():
 def test_scanned_layers_equal_a_list_of_layers():
     stacked = network()
     params = nnx.to_pure_dict(nnx.split(stacked)[1])
-    graph, _ = nnx.split(nnx.eval_shape(lambda: WanTransformer(CFG, stacked=False, rngs=nnx.Rngs(0))))
-    layers = {i: jax.tree.map(lambda a, i=i: a[i], params["blocks"]) for i in range(CFG.num_layers)}
-    listed = nnx.merge(graph, params | {"blocks": layers})
+    graph = structure(lambda: WanTransformer(CFG, stacked=False, rngs=nnx.Rngs(0)))
+    listed = nnx.merge(graph, by_layer(params, CFG.num_layers))
     run = lambda m: m.bidirectional(X, jnp.full((2, 6), 500.0), m.text_kv(TEXT))
     np.testing.assert_allclose(run(stacked), run(listed), atol=1e-5)
 
@@ -147,8 +144,10 @@ def test_every_size_and_setting_changes_something():
     base = network()
     run = lambda m, cfg: m.bidirectional(X, jnp.full((2, 6), 500.0), m.text_kv(TEXT[..., : cfg.text_dim]))
     expected = run(base, CFG)
-    for change in (dict(eps=1e-2), dict(rope_theta=100.0), dict(text_length=9), dict(num_heads=3), dict(time_dim=128),
-                   dict(ffn_dim=48), dict(num_layers=3), dict(dim=36), dict(text_dim=6), dict(patch=(1, 1, 2))):  # fmt: skip
+    changes = dict(eps=1e-2, rope_theta=100.0, text_length=9, num_heads=3, time_dim=128, ffn_dim=48, num_layers=3)
+    changes |= dict(dim=36, text_dim=6, patch=(1, 1, 2))
+    for name, value in changes.items():
+        change = {name: value}
         cfg = dataclasses.replace(CFG, **change)
         assert np.abs(run(network(cfg), cfg) - expected).max() > 1e-4, change
 

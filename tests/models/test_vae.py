@@ -58,8 +58,8 @@ def test_streamed_encoding_equals_whole(sizes):
 def test_sum_of_2d_convolutions_equals_3d():
     for fast, slow, x in zip(coder("2d"), coder("3d"), (VIDEO, LATENTS)):
         np.testing.assert_allclose(fast(x, None, True)[0], slow(x, None, True)[0], atol=1e-5)
-    sizes = [2, 4]
-    np.testing.assert_allclose(in_chunks(coder("2d")[1], LATENTS, sizes), in_chunks(coder("3d")[1], LATENTS, sizes), atol=1e-5)  # fmt: skip
+    fast, slow = (in_chunks(coder(impl)[1], LATENTS, [2, 4]) for impl in ("2d", "3d"))
+    np.testing.assert_allclose(fast, slow, atol=1e-5)
 
 
 def test_no_frame_sees_the_future():

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from tiny import TRANSFORMER, structure
 
-from longlive_jax.config import TextEncoderConfig, TransformerConfig
+from longlive_jax.config import TextEncoderConfig
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.training.teacher_forcing import Batch, draw_sigma, teacher_forcing_loss, teacher_forcing_mask
 
-CFG = TransformerConfig(dim=24, ffn_dim=32, num_layers=2, num_heads=2, in_channels=4, out_channels=4, text_dim=8, text_length=6)  # fmt: skip
+CFG = TRANSFORMER
 TEXT = TextEncoderConfig(vocab_size=20, dim=8, attention_dim=8, ffn_dim=16, num_heads=2, num_layers=1)
 
 
@@ -34,7 +35,7 @@ def batch(frames: int = 4) -> Batch:
 
 @functools.partial(jax.jit, static_argnames=("context_noise",))
 def loss(params, example, key, context_noise=0.0):
-    graphs = [nnx.split(nnx.eval_shape(make))[0] for make in (lambda: networks()[0], lambda: networks()[1])]
+    graphs = [structure(make) for make in (lambda: networks()[0], lambda: networks()[1])]
     model, text = (nnx.merge(graph, p) for graph, p in zip(graphs, params))
     return teacher_forcing_loss(model, text, example, key, block=2, shift=5.0, context_noise=context_noise)
 
