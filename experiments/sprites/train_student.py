@@ -1,4 +1,4 @@
-"""First sprites student: latents of 1 280 clips, then teacher forcing of text encoder and causal transformer.
+"""First sprites student: latents of 1 024 clips, then teacher forcing of text encoder and causal transformer.
 
     python experiments/sprites/train_student.py --output runs/sprites
 
@@ -31,7 +31,7 @@ from longlive_jax.training.latents import encode_clips, scheduled_clip
 from longlive_jax.training.loop import run
 from longlive_jax.training.teacher_forcing import Batch, teacher_forcing_loss
 
-CLIPS, LATENT_FRAMES, BLOCK = 1280, 15, 3
+CLIPS, LATENT_FRAMES, BLOCK = 1024, 15, 3
 FRAMES = 12  # of a training sequence: the sink, and three blocks from anywhere in the clip
 CLIP_SEED = 7
 

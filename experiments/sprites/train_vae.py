@@ -26,8 +26,8 @@ STAGES = {  # clips a batch, frames a clip, steps, peak learning rate, emphasis 
     "stills": (16, 1, 3600, 2e-3, 0.0),
     "clips": (3, 5, 800, 1e-3, 0.0),
     "long-clips": (1, 13, 200, 3e-4, 0.0),
-    "sprite-stills": (16, 1, 2600, 2e-3, 12.0),
-    "sprite-clips": (3, 5, 700, 1e-3, 12.0),
+    "sprite-stills": (16, 1, 1700, 2e-3, 12.0),
+    "sprite-clips": (3, 5, 450, 1e-3, 12.0),
 }
 """The first three stages gave sprites without shape and yellow for orange, because the background is 95 % of the loss;
 the last two, with the sprite weighted up, mended that. A new run would start with those."""

@@ -82,7 +82,7 @@ class Conv2d(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (size, size, in_features, out_features), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(out_features))
 
-    def __call__(self, x: Num[Array, "b t h w i"], stride: int = 1, padding=None) -> Num[Array, "b t h w o"]:
+    def __call__(self, x: Num[Array, "b t h w i"], stride: int = 1, padding=None) -> Num[Array, "b t H W o"]:
         return conv2d(x, self.kernel.astype(x.dtype), stride, padding) + self.bias.astype(x.dtype)
 
 
