@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Num
+from jaxtyping import Array, Float, Int, Num
 
 from longlive_jax.cache import KVCache, Window
 from longlive_jax.config import SamplerConfig
@@ -35,8 +35,8 @@ def switch_prompt(
     elif sampler.switch == "recache":
         branches = [
             lambda cache: cache,
-            lambda cache: rebuild(model, window, state, cache, text_kv),
-            lambda cache: recache_window(model, window, state, cache, text_kv),
+            lambda cache: rebuild(model, window, state, cache, text_kv, sampler.context_noise),
+            lambda cache: recache_window(model, window, state, cache, text_kv, sampler.context_noise),
         ]
         outgrown = state.position > window.slots
         if sampler.sink == "refresh" or window.ring == 0:
@@ -46,35 +46,45 @@ def switch_prompt(
     return state.replace(text_kv=text_kv, cache=cache)
 
 
-def rebuild(model: WanTransformer, window: Window, state: DecodeState, cache: KVCache, text_kv: TextKV) -> KVCache:
+def rebuild(
+    model: WanTransformer, window: Window, state: DecodeState, cache: KVCache, text_kv: TextKV, timestep: float
+) -> KVCache:
     """An empty cache filled with the newest frames, W or as many as there are, in one bidirectional pass."""
-    slots = window.slots
-    frames = jnp.minimum(state.position, slots)
+    frames = jnp.minimum(state.position, window.slots)
     # Oldest first. What follows the newest, while there are fewer than W frames, is masked and overwritten later.
     latents = jnp.roll(state.recent, frames, axis=1)
-    cache = _clean_pass(
-        model, window, cache.replace(count=jnp.zeros_like(cache.count)), text_kv, latents, state, frames
-    )
+    cache = cache.replace(count=jnp.zeros_like(cache.count))
+    cache = _clean_pass(model, window, state, cache, text_kv, timestep, latents, frames)
     return cache.replace(count=frames)
 
 
 def recache_window(
-    model: WanTransformer, window: Window, state: DecodeState, cache: KVCache, text_kv: TextKV
+    model: WanTransformer, window: Window, state: DecodeState, cache: KVCache, text_kv: TextKV, timestep: float
 ) -> KVCache:
     """The frames after the sink made again, in one bidirectional pass that sees the sink. For W < frames so far."""
     # As if the sink were all there is: the window then fills its slots in order.
     cache = cache.replace(count=jnp.full_like(cache.count, window.sink))
-    latents = state.recent[:, window.sink :]
-    cache = _clean_pass(model, window, cache, text_kv, latents, state, window.ring)
+    latents, frames = state.recent[:, window.sink :], jnp.asarray(window.ring)
+    cache = _clean_pass(model, window, state, cache, text_kv, timestep, latents, frames)
     return cache.replace(count=jnp.full_like(cache.count, window.slots))
 
 
-def _clean_pass(model, window, cache, text_kv, latents, state, frames) -> KVCache:
-    """One pass at t = 0 over the `frames` newest latents, at their own positions; only its keys and values count."""
-    timesteps = jnp.zeros(latents.shape[:2])
+def _clean_pass(
+    model: WanTransformer,
+    window: Window,
+    state: DecodeState,
+    cache: KVCache,
+    text_kv: TextKV,
+    timestep: float,
+    latents: Float[Array, "b t h w c"],
+    frames: Int[Array, ""],
+) -> KVCache:
+    """One pass over the `frames` newest latents, at their own positions; only its keys and values count.
+
+    The timestep is that of a block's own clean pass (`context_noise`), as in the reference's code.
+    """
     dtype = jax.tree.leaves(text_kv)[0].dtype
+    timesteps = jnp.full(latents.shape[:2], timestep)
     position = state.position - frames
-    _, cache = model.causal(
-        latents.astype(dtype), timesteps, text_kv, cache, window, position, valid=jnp.asarray(frames)
-    )
+    _, cache = model.causal(latents.astype(dtype), timesteps, text_kv, cache, window, position, valid=frames)
     return cache

@@ -169,7 +169,7 @@ class Twin:
         keep = s.sink == "keep" and start > window.slots
         first = start - (window.ring if keep else min(window.slots, start))
         past = self.memory[: window.sink] if keep else []
-        _, new = self.network(made[:, first:], 0.0, text_kv, past, list(range(first, start)))
+        _, new = self.network(made[:, first:], s.context_noise, text_kv, past, list(range(first, start)))
         self.memory = past + new
 
 
@@ -213,6 +213,7 @@ def test_without_switch_equals_the_twin(name):
         ("all-past", "recache", "keep"),
         ("no-sink", "recache", "keep"),
         ("no-sink", "recache", "refresh"),
+        ("context-noise", "recache", "keep"),
         ("sink-past-block", "recache", "keep"),
         ("sink-past-block", "clear", "keep"),
     ],
