@@ -181,6 +181,8 @@ class SamplerConfig:
       steps: the few-step list, in thousandths of noise before warping; strictly falling.
       warp: whether `steps` index the shifted table (as LongLive) or are timesteps themselves.
       shift: timestep shift of the flow-matching schedule.
+      solver: what a step hands to the next: `renoise`, its x0 with fresh noise, which few-step models are made for; or
+        `euler`, a step along the flow, for models that are not.
       context_noise: timestep given to the clean pass that writes the cache.
       switch: what happens to the cache when the prompt changes: `recache`, `keep` or `clear`.
       sink: whether a recache leaves the sink alone (`keep`) or makes a new one (`refresh`).
@@ -195,12 +197,14 @@ class SamplerConfig:
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     warp: bool = True
     shift: float = 5.0
+    solver: str = "renoise"
     context_noise: float = 0.0
     switch: str = "recache"
     sink: str = "keep"
     rope: str = "auto"
 
     def __post_init__(self):
+        _choice("solver", self.solver, ("renoise", "euler"))
         _choice("switch", self.switch, ("recache", "keep", "clear"))
         _choice("sink", self.sink, ("keep", "refresh"))
         _choice("rope", self.rope, ("auto", "absolute", "relative"))

@@ -205,6 +205,9 @@ class LongLivePipeline:
         """All that is decided before a video starts: settings, plan and seed of each, and whether it has no end.
 
         Starts nothing, so it tells at no cost whether `stream` would refuse the same arguments.
+
+        Raises:
+          UserError: anything that cannot be done, with the way out.
         """
         schedules = as_schedules(prompts)
         known = [f.name for f in dataclasses.fields(SamplerConfig)]

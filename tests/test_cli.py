@@ -145,13 +145,14 @@ def test_a_video_a_line(generate, tmp_path, suffix):
 
 def test_settings_of_a_yaml_file(generate, tmp_path):
     (tmp_path / "run.yaml").write_text(
-        "denoising_step_list: [800]\nnum_output_frames: 6\nseed: 3\nswitch_frame_indices: 4\nglobal_sink: false\n"
-        "model_kwargs:\n  local_attn_size: 4\n"
+        "num_output_frames: 6\nseed: 3\nswitch_frame_indices: 4\nglobal_sink: true\n"
+        "model_kwargs:\n  local_attn_size: 4\n  sink_size: 1\n"
     )
-    assert generate(STAR, DISC, "--config", "run.yaml", "--output", "clip.mp4", "--sink-frames", 0)[0] == 0
+    args = ("--config", "run.yaml", "--sink-frames", 2, "--switch", "keep", "--output", "clip.mp4")
+    assert generate(STAR, DISC, *args)[0] == 0
     record = sidecar("clip.json")
     assert (record["seed"], record["seconds"], record["switches"]["asked_seconds"]) == (3, 1.5, [1.0])
-    expected = {"steps": [800.0], "window": 4, "sink": "refresh", "sink_frames": 0, "block_frames": 2}
+    expected = {"window": 4, "sink": "keep", "sink_frames": 2, "switch": "keep", "block_frames": 2}
     assert {name: record["settings"][name] for name in expected} == expected
 
 

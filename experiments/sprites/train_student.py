@@ -108,9 +108,9 @@ def make_step(text_graph, graph, optimizer, decay: float):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--seconds", type=float, help="stop (resumably) after this long")
-    parser.add_argument("--batch-size", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
 
     vae_cfg, vae_params = load_vae(args.output)
@@ -133,7 +133,7 @@ def main():
     params = {name: nnx.to_pure_dict(nnx.split(net)[1]) for name, net in networks.items()}
     print({name: sum(a.size for a in jax.tree.leaves(p)) for name, p in params.items()}, flush=True)
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 200, args.steps, 2e-5)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, 100, args.steps, 2e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01))
     state = {"params": params, "opt": optimizer.init(params), "ema": jax.tree.map(np.array, params)}
     step = make_step(graphs["text_encoder"], graphs["transformer"], optimizer, 0.998)

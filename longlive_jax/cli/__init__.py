@@ -28,7 +28,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = command.run()
     except UserError as error:
-        print(f"longlive: {error}", file=sys.stderr)
+        print("longlive:", str(error).replace("\n", " "), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("longlive: stopped", file=sys.stderr)

@@ -97,8 +97,10 @@ class Decoder:
             flow, cache = model.causal(
                 x.astype(self.dtype), timesteps, state.text_kv, cache, self.window, state.position
             )
-            x0 = to_x0(x, flow.astype(jnp.float32), sigma)
-            return (add_noise(x0, fresh, next_sigma), cache), None
+            flow = flow.astype(jnp.float32)
+            if self.sampler.solver == "euler":
+                return (x + (next_sigma - sigma) * flow, cache), None
+            return (add_noise(to_x0(x, flow, sigma), fresh, next_sigma), cache), None
 
         # The noise that follows a pass; after the last step and the clean pass its factor is 0.
         fresh = jnp.concatenate([noise[1:], jnp.zeros((2, *noise.shape[1:]))])

@@ -152,7 +152,9 @@ class Twin:
             for n, t in enumerate(steps):
                 flow, _ = self.network(x, t, text_kv, past, positions)
                 x0 = x - float(sigmas[n]) * flow
-                if n + 1 < len(steps):
+                if n + 1 < len(steps) and s.solver == "euler":
+                    x = x + float(sigmas[n + 1] - sigmas[n]) * flow
+                elif n + 1 < len(steps):
                     x = (1 - float(sigmas[n + 1])) * x0 + float(sigmas[n + 1]) * noise[n + 1]
             _, new = self.network(x0, s.context_noise, text_kv, past, positions)
             self.memory = past + new
@@ -185,6 +187,7 @@ SAMPLERS = {
     "smallest": SamplerConfig(window=4, sink_frames=1, block_frames=3, steps=(1000, 250), rope="absolute", **SIZE),
     "relative": SamplerConfig(window=7, sink_frames=2, steps=(1000, 500), rope="relative", **SIZE),
     "context-noise": SamplerConfig(window=6, context_noise=100.0, steps=(1000, 0), rope="absolute", **SIZE),
+    "euler": SamplerConfig(window=6, solver="euler", steps=(1000, 500, 100), rope="absolute", **SIZE),
     "unwarped": SamplerConfig(window=6, warp=False, shift=3.0, steps=(999.0, 333.3), rope="absolute", **SIZE),
 }
 FRAMES = {1: 9, 2: 12, 3: 18}
