@@ -1,6 +1,6 @@
 """The README's picture: frames of a video, a row a prompt.
 
-    python experiments/sprites/picture.py outputs/demo.mp4 docs/demo.png --rows 3 --columns 6
+python experiments/sprites/picture.py outputs/demo.mp4 docs/demo.png --rows 3 --columns 6
 """
 
 from __future__ import annotations
