@@ -391,7 +391,7 @@ def test_what_an_interrupted_run_made_plays(process, tmp_path):
     error = running.communicate()[1]
     assert running.returncode == 130, error
     assert error.splitlines()[-1] == "longlive: stopped" and "Traceback" not in error
-    assert 5 <= len(read_video(video)) < 3997
+    assert 1 <= len(read_video(video)) < 3997
     assert os.listdir(tmp_path) == ["clip.mp4"], "no sidecar of half a video"
 
 

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from longlive_jax.cache import Window
 from longlive_jax.config import SamplerConfig, replace
-from longlive_jax.decoding.decoder import Decoder
+from longlive_jax.decoding.decoder import Decoder, to_uint8
 from longlive_jax.decoding.state import block_noise
 from longlive_jax.errors import UserError
 from longlive_jax.pipeline import LongLivePipeline
@@ -91,6 +92,12 @@ def test_block_by_block_equals_the_scan(tiny_pipeline, video):
     blocks = tiny_pipeline(TIMELINE, seconds=SECONDS, seed=7, decode="blocks")
     np.testing.assert_allclose(blocks.latents, video.latents, atol=1e-5)
     assert levels(blocks.frames, video.frames) <= 1
+
+
+def test_frames_are_the_latents_decoded_at_once(tiny_pipeline, video):
+    vae = nnx.merge(tiny_pipeline._vae, tiny_pipeline.params["vae"])
+    whole, _ = jax.jit(lambda z: vae.decode(z))(video.latents)
+    assert levels(video.frames, np.asarray(to_uint8(whole))) <= 1
 
 
 def test_blocks_arrive_one_by_one(tiny_pipeline):

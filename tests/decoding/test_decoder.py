@@ -233,8 +233,7 @@ def test_with_switches_equals_the_twin(name, switch, sink):
 @pytest.mark.parametrize("name", ["default", "relative"])
 def test_scan_equals_blocks(name):
     sampler, switches = SAMPLERS[name], (0, 2, 5)
-    embeds, keys, inputs = case(sampler, 18, switches, prompts=4)
-    np.testing.assert_array_equal(by_scan(sampler, 18, switches[1:]), by_blocks(sampler, 18, switches[1:]))
+    np.testing.assert_allclose(by_scan(sampler, 18, switches[1:]), by_blocks(sampler, 18, switches[1:]), atol=1e-5)
 
 
 def test_switch_at_the_start_only_changes_the_text():
