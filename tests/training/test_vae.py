@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -38,6 +39,6 @@ def test_statistics_normalise_the_latents():
     clips = frames(6, 5)
     mean, std = latent_statistics(vae, [clips[:3], clips[3:]])
     normal = VAE(dataclasses.replace(CFG, latent_mean=tuple(mean), latent_std=tuple(std)), rngs=nnx.Rngs(0))
-    latents, _ = normal.encode(np.asarray(clips, np.float32) / 127.5 - 1)
+    latents, _ = normal.encode(jnp.asarray(clips, jnp.float32) / 127.5 - 1)
     np.testing.assert_allclose(np.mean(latents, axis=(0, 1, 2, 3)), 0, atol=1e-4)
     assert (np.std(latents, axis=(0, 1, 2, 3)) <= 1).all()  # the posterior's own spread counts too
