@@ -23,6 +23,7 @@ from longlive_jax import checkpoint, schedule
 from longlive_jax.config import unknown_name
 from longlive_jax.conversion.rollout import rollout
 from longlive_jax.errors import UserError
+from longlive_jax.models.layers import structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def load_part(folder: str | Path, part: str) -> Callable[..., Any]:
     """A part of a checkpoint, float32, as `call(function, *arrays)`, which runs `function(module, *arrays)` jitted."""
     params = checkpoint.load(folder, part, np.float32)
     cfg = getattr(checkpoint.load_config(folder), part)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: checkpoint.MODULES[part](cfg, rngs=nnx.Rngs(0))))
+    graph = structure(lambda: checkpoint.MODULES[part](cfg, rngs=nnx.Rngs(0)))
     return lambda function, *arrays: jax.jit(lambda p, *a: function(nnx.merge(graph, p), *a))(params, *arrays)
 
 

@@ -17,6 +17,7 @@ from longlive_jax.config import SPATIAL_FACTOR, SamplerConfig, official_changes,
 from longlive_jax.decoding.decoder import Decoder
 from longlive_jax.decoding.state import BlockInputs
 from longlive_jax.errors import UserError
+from longlive_jax.models.layers import structure
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.prompts import plan_switches
 
@@ -38,7 +39,7 @@ def rollout(folder: str | Path, case: Case) -> dict[str, tuple[np.ndarray, np.nd
     settings = official_changes(case.meta) | {"rope": case.meta.get("rope", "absolute")}
     size = {"height": rows * SPATIAL_FACTOR, "width": columns * SPATIAL_FACTOR}
     sampler = replace(SamplerConfig(), **settings, **size)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: WanTransformer(cfg, rngs=nnx.Rngs(0))))
+    graph = structure(lambda: WanTransformer(cfg, rngs=nnx.Rngs(0)))
     decoder = Decoder(graph, None, sampler, Window.of(sampler, frames))
 
     block = sampler.block_frames
@@ -47,13 +48,9 @@ def rollout(folder: str | Path, case: Case) -> dict[str, tuple[np.ndarray, np.nd
     first = rearrange(noise, "b (n f) h w c -> n 1 b f h w c", f=block)
     renoise = rearrange(case.get("renoise", "n s b f c h w"), "n s b f c h w -> n s b f h w c")
     prompts = jnp.asarray(case.get("prompt_embeds", "p b l e"), jnp.float32)
-    starts = np.asarray(plan_switches([int(f) for f in case.get("switch_frames", "p")], frames, block), int)
-    blocks = np.arange(frames // block)
-    inputs = BlockInputs(
-        switch=jnp.asarray(np.isin(blocks, starts)),
-        prompt=jnp.asarray((blocks[:, None] >= starts).sum(1), jnp.int32),
-        noise=jnp.concatenate([first, jnp.asarray(renoise, jnp.float32)], axis=1),
-    )
+    switches = plan_switches([int(f) for f in case.get("switch_frames", "p")], frames, block)
+    given = jnp.concatenate([first, jnp.asarray(renoise, jnp.float32)], axis=1)
+    inputs = BlockInputs.plan(frames // block, switches).replace(noise=given)
     params = {"transformer": jax.tree.map(jnp.asarray, checkpoint.load(folder, "transformer", np.float32))}
     keys = jnp.stack([jax.random.key(0)] * noise.shape[0])  # nothing is drawn: all noise is given
     state = jax.jit(decoder.init)(params, prompts[0], keys)

@@ -30,6 +30,7 @@ from longlive_jax.config import MAX_ABSOLUTE_FRAMES, ModelConfig, SamplerConfig,
 from longlive_jax.decoding.decoder import Decoder
 from longlive_jax.decoding.state import BlockInputs, drop_filler
 from longlive_jax.errors import UserError
+from longlive_jax.models.layers import structure
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
@@ -329,14 +330,10 @@ class VideoStream:
         """All blocks by one compiled scan: frames [B, T, H, W, 3] and latents [B, F, h, w, C]."""
         if self.endless or self.position:
             raise UserError("a scan makes a whole video of known length from the start; iterate instead")
-        plan = self.plans[0]
-        blocks = np.arange(self.num_blocks)
-        starts = np.asarray(plan.switch_blocks, int)
-        prompt = (blocks[:, None] >= starts[None]).sum(1)
-        inputs = BlockInputs(switch=jnp.asarray(np.isin(blocks, starts)), prompt=jnp.asarray(prompt, jnp.int32))
+        inputs = BlockInputs.plan(self.num_blocks, self.plans[0].switch_blocks)
         embeds = sharding.shard_batch(self._embeds, self.pipe.mesh, axis=1)
         self._state, out = _scan(self.decoder, self.pipe.params, self._state, inputs, embeds)
-        self.position = plan.num_frames
+        self.position = self.plans[0].num_frames
         frames, latents = (np.concatenate(np.asarray(a), axis=1) for a in (out.frames, out.latents))
         return drop_filler(frames, True), latents
 
@@ -361,11 +358,6 @@ class VideoStream:
     def _encode(self, prompts: Sequence[tuple[str, ...]]) -> jax.Array:
         """[P, B, L, D] for B videos of P prompts each."""
         return jnp.stack([self.pipe.encode_prompts(texts) for texts in zip(*prompts)])
-
-
-def structure(make: Callable[[], nnx.Module]) -> nnx.GraphDef:
-    """What a network is without its parameters; allocates nothing."""
-    return nnx.split(nnx.eval_shape(make))[0]
 
 
 def _decide_rope(sampler: SamplerConfig, num_frames: int | None) -> SamplerConfig:

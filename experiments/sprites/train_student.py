@@ -24,6 +24,7 @@ from flax import nnx
 from longlive_jax import checkpoint, hub
 from longlive_jax.config import MAX_ABSOLUTE_FRAMES, ModelConfig, SamplerConfig, VAEConfig
 from longlive_jax.data.sprite_prompts import all_prompts, canonical, paraphrase
+from longlive_jax.models.layers import structure
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
@@ -120,7 +121,7 @@ def main():
         vae_cfg, vae_params = checkpoint.load_config(start).vae, checkpoint.load(start, "vae", np.float32)
     else:
         vae_cfg, vae_params = load_vae(args.output)
-    vae_graph, _ = nnx.split(nnx.eval_shape(lambda: VAE(vae_cfg, rngs=nnx.Rngs(0))))
+    vae_graph = structure(lambda: VAE(vae_cfg, rngs=nnx.Rngs(0)))
     encode_clips(
         nnx.merge(vae_graph, vae_params), args.output / "latents", clips=CLIPS, latent_frames=LATENT_FRAMES,
         block=BLOCK, seed=CLIP_SEED,

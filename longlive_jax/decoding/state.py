@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
@@ -47,6 +49,13 @@ class BlockInputs:
     switch: Bool[Array, "*blocks"]
     prompt: Int[Array, "*blocks"]
     noise: Float[Array, "*blocks s b f h w c"] | None = None
+
+    @classmethod
+    def plan(cls, num_blocks: int, switch_blocks: Sequence[int]) -> BlockInputs:
+        """Inputs of all blocks on a leading axis; the prompts after the first start at `switch_blocks`."""
+        blocks, starts = np.arange(num_blocks), np.asarray(switch_blocks, int)
+        prompt = (blocks[:, None] >= starts).sum(1)
+        return cls(switch=jnp.asarray(np.isin(blocks, starts)), prompt=jnp.asarray(prompt, jnp.int32))
 
 
 @struct.dataclass

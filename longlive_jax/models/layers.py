@@ -61,13 +61,18 @@ def layer_norm(x: Num[Array, "... d"], eps: float) -> Float[Array, "... d"]:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
+def structure(make: Callable[[], nnx.Module]) -> nnx.GraphDef:
+    """What a network is without its parameters; allocates nothing."""
+    return nnx.split(nnx.eval_shape(make))[0]
+
+
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
     """`num_layers` equal layers as one module whose every parameter has a leading layer axis.
 
     Under `nnx.eval_shape` nothing is allocated, as for any other module.
     """
     keys = jax.random.split(rngs.params(), num_layers)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    graph = structure(lambda: make(nnx.Rngs(0)))
     params = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)))))(keys)
     return nnx.merge(graph, params)
 
