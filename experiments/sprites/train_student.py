@@ -1,16 +1,19 @@
-"""First sprites student: latents of 1 024 clips, then teacher forcing of text encoder and causal transformer.
+"""First sprites student: latents, flow matching of first blocks, then teacher forcing of clips.
 
     python experiments/sprites/train_student.py --output runs/sprites
 
-Needs what `train_vae.py` left there, or `--init sprites` to go on from the weights of a checkpoint (VAE included).
-Resumable; ends with a checkpoint folder `runs/sprites/checkpoint`.
+What is to be seen and where is decided in a video's first block, which has no past: learning that alone costs an eighth
+of learning it inside clips. Clips then teach how it goes on.
+
+Needs what `train_vae.py` left there. `--init sprites` goes on from the weights of a checkpoint, with its VAE
+if there is no other. Resumable; every stage ends with a checkpoint folder, the last being
+`runs/sprites/checkpoint-clips`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import time
 from pathlib import Path
@@ -29,13 +32,40 @@ from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
 from longlive_jax.tokenizer import train_unigram
+from longlive_jax.training.batch import Batch
+from longlive_jax.training.flow_matching import flow_matching_loss
 from longlive_jax.training.latents import encode_clips, scheduled_clip
 from longlive_jax.training.loop import run
-from longlive_jax.training.teacher_forcing import Batch, teacher_forcing_loss
+from longlive_jax.training.teacher_forcing import teacher_forcing_loss
 
-CLIPS, LATENT_FRAMES, BLOCK = 1024, 15, 3
-FRAMES = 12  # of a training sequence: the sink, and three blocks from anywhere in the clip
-CLIP_SEED = 7
+BLOCK, SHIFT, CLIP_SEED = 3, 3.0, 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+      clips: how many are cached as latents.
+      latent_frames: of a cached clip.
+      frames: of a training sequence.
+      batch_size, steps: of training.
+      rate: peak learning rate.
+    """
+
+    clips: int
+    latent_frames: int
+    frames: int
+    batch_size: int
+    steps: int
+    rate: float
+
+
+STAGES = {
+    "first-blocks": Stage(clips=8192, latent_frames=3, frames=3, batch_size=64, steps=2400, rate=2e-3),
+    # Frames: the sink, and three blocks from anywhere in the clip.
+    "clips": Stage(clips=1024, latent_frames=15, frames=12, batch_size=8, steps=2000, rate=1e-3),
+}
 
 
 def load_vae(folder: Path) -> tuple[VAEConfig, dict]:
@@ -56,46 +86,45 @@ def load_vae(folder: Path) -> tuple[VAEConfig, dict]:
 class LatentData:
     """Training batches from cached latents; a batch is a function of its index."""
 
-    def __init__(self, folder: Path, tokenizer, batch_size: int):
+    def __init__(self, folder: Path, tokenizer, stage: Stage):
         self.latents = np.concatenate([np.load(p)["latents"] for p in sorted(folder.glob("*.npz"))])
-        clips = [scheduled_plan(i) for i in range(len(self.latents))]
-        self.combinations, self.change = zip(*clips)
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        # Combinations of each clip and where they change, without drawing it.
+        plans = [
+            scheduled_clip(CLIP_SEED, i, stage.latent_frames, BLOCK, draw=False)[1:] for i in range(len(self.latents))
+        ]
+        self.combinations, self.change = zip(*plans)
+        self.tokenizer, self.stage = tokenizer, stage
 
     def __call__(self, index: int) -> Batch:
         rng = np.random.default_rng([1, index])
         # All of a batch share their positions: the window lies anywhere after the sink, up to four minutes later.
-        gap = 0 if rng.random() < 0.5 else int(rng.integers(0, MAX_ABSOLUTE_FRAMES - 2 * FRAMES))
-        positions = np.arange(FRAMES) + np.where(np.arange(FRAMES) >= BLOCK, gap, 0)
-        latents, prompts, learn = zip(*(self._example(rng, gap == 0) for _ in range(self.batch_size)))
+        frames = self.stage.frames
+        gap = 0 if rng.random() < 0.5 else int(rng.integers(0, MAX_ABSOLUTE_FRAMES - 2 * frames))
+        positions = np.arange(frames) + np.where(np.arange(frames) >= BLOCK, gap, 0)
+        latents, prompts, learn = zip(*(self._example(rng, gap == 0) for _ in range(self.stage.batch_size)))
         tokens = self.tokenizer(list(prompts))
         return Batch(np.stack(latents).astype(np.float32), positions, tokens.ids, tokens.mask, np.stack(learn))
 
     def _example(self, rng: np.random.Generator, from_start: bool):
         i = int(rng.integers(len(self.latents)))
-        last = (LATENT_FRAMES - FRAMES) // BLOCK
+        frames, last = self.stage.frames, (self.stage.latent_frames - self.stage.frames) // BLOCK
         start = BLOCK * (0 if from_start else int(rng.integers(0, last + 1)))  # of the window, after the sink
-        index = np.concatenate([np.arange(BLOCK), np.arange(start + BLOCK, start + FRAMES)])
+        index = np.concatenate([np.arange(BLOCK), np.arange(start + BLOCK, start + frames)])
         second = index >= self.change[i]
         # The prompt is that of the end or of the beginning; frames of the other one are past, not to be learnt.
         shows_second = bool(second[-1]) and (second.all() or rng.random() < 0.7)
         combination = self.combinations[i][int(shows_second)]
         prompt = canonical(combination) if rng.random() < 0.5 else paraphrase(combination, rng)[0]
-        learn = np.ones(FRAMES, bool) if self.combinations[i][0] == self.combinations[i][1] else second == shows_second
+        learn = np.ones(frames, bool) if self.combinations[i][0] == self.combinations[i][1] else second == shows_second
         return self.latents[i][index], prompt, learn
 
 
-@functools.cache
-def scheduled_plan(index: int):
-    """Combinations of a cached clip and where it changes, without drawing it."""
-    _, combinations, change = scheduled_clip(CLIP_SEED, index, LATENT_FRAMES, BLOCK, draw=False)
-    return combinations, change
-
-
-def make_step(text_graph, graph, optimizer, decay: float):
+def make_step(text_graph, graph, optimizer, stage: Stage, decay: float = 0.998):
     def loss(params, batch, key):
         model, text = nnx.merge(graph, params["transformer"]), nnx.merge(text_graph, params["text_encoder"])
-        return teacher_forcing_loss(model, text, batch, key, block=BLOCK, shift=5.0, context_noise=0.15)
+        if stage.frames == BLOCK:
+            return flow_matching_loss(model, text, batch, key, shift=SHIFT)
+        return teacher_forcing_loss(model, text, batch, key, block=BLOCK, shift=SHIFT, context_noise=0.15)
 
     def step(state, batch, key):
         value, grads = jax.value_and_grad(loss)(state["params"], batch, key)
@@ -110,24 +139,15 @@ def make_step(text_graph, graph, optimizer, decay: float):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--init", help="checkpoint whose weights to start from")
-    parser.add_argument("--seconds", type=float, help="stop (resumably) after this long")
-    parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
 
-    if args.init:
-        start = hub.find(args.init)
+    start = hub.find(args.init) if args.init else None
+    if start is not None and not (args.output / "vae.json").exists():
         vae_cfg, vae_params = checkpoint.load_config(start).vae, checkpoint.load(start, "vae", np.float32)
     else:
         vae_cfg, vae_params = load_vae(args.output)
     vae_graph = structure(lambda: VAE(vae_cfg, rngs=nnx.Rngs(0)))
-    encode_clips(
-        nnx.merge(vae_graph, vae_params), args.output / "latents", clips=CLIPS, latent_frames=LATENT_FRAMES,
-        block=BLOCK, seed=CLIP_SEED,
-    )  # fmt: skip
-    print("latents done", flush=True)
-
     tokenizer = train_unigram(list(all_prompts()), 256, max_length=24)
     cfg = ModelConfig.sprites()
     text_cfg = dataclasses.replace(cfg.text_encoder, vocab_size=tokenizer.vocab_size)
@@ -138,26 +158,32 @@ def main():
     }
     graphs = {name: nnx.split(net)[0] for name, net in networks.items()}
     params = {name: nnx.to_pure_dict(nnx.split(net)[1]) for name, net in networks.items()}
-    if args.init:
+    if start is not None:
         params = {name: checkpoint.load(start, name, np.float32) for name in params}
     print({name: sum(a.size for a in jax.tree.leaves(p)) for name, p in params.items()}, flush=True)
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, 100, args.steps, 2e-5)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01))
-    state = {"params": params, "opt": optimizer.init(params), "ema": jax.tree.map(np.array, params)}
-    step = make_step(graphs["text_encoder"], graphs["transformer"], optimizer, 0.998)
-    data = LatentData(args.output / "latents", tokenizer, args.batch_size)
-    folder = args.output / "student"
-    state = run(step, state, data, steps=args.steps, folder=folder, seed=3, seconds=args.seconds)
+    for name, stage in STAGES.items():
+        latents = args.output / f"latents-{name}"
+        encode_clips(
+            nnx.merge(vae_graph, vae_params), latents, clips=stage.clips, latent_frames=stage.latent_frames,
+            block=BLOCK, seed=CLIP_SEED,
+        )  # fmt: skip
+        print(f"{name}: latents done", flush=True)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, stage.rate, 100, stage.steps, 2e-5)
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01))
+        state = {"params": params, "opt": optimizer.init(params), "ema": jax.tree.map(np.array, params)}
+        step = make_step(graphs["text_encoder"], graphs["transformer"], optimizer, stage)
+        data = LatentData(latents, tokenizer, stage)
+        state = run(step, state, data, steps=stage.steps, folder=args.output / f"student-{name}", seed=3)
+        params = jax.tree.map(np.array, state["ema"])
 
-    cfg = dataclasses.replace(cfg, sampler=dataclasses.replace(SamplerConfig.sprites(), steps=STEPS, solver="euler"))
-    trained = {"vae": vae_params, **state["ema"]}
-    provenance = {"recipe": "experiments/sprites", "made": time.strftime("%Y-%m-%d"), "student steps": args.steps}
-    target = args.output / "checkpoint"
-    checkpoint.save(
-        target, cfg, jax.tree.map(np.asarray, trained), tokenizer, provenance, dtype=jnp.float32, overwrite=True
-    )
-    print(f"checkpoint in {target}", flush=True)
+        sampler = dataclasses.replace(SamplerConfig.sprites(), steps=STEPS, solver="euler", shift=SHIFT)
+        provenance = {"recipe": "experiments/sprites", "made": time.strftime("%Y-%m-%d"), "last stage": name}
+        checkpoint.save(
+            args.output / f"checkpoint-{name}", dataclasses.replace(cfg, sampler=sampler),
+            {"vae": vae_params, **params}, tokenizer, provenance, dtype=jnp.float32, overwrite=True,
+        )  # fmt: skip
+        print(f"checkpoint in {args.output / f'checkpoint-{name}'}", flush=True)
 
 
 STEPS = (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)

@@ -23,13 +23,15 @@ def scheduled_clip(
 ) -> tuple[np.ndarray | None, tuple[Combination, Combination], int]:
     """One clip: uint8 frames [4F - 3, 64, 64, 3], its two combinations, and the latent frame the second begins at.
 
-    Clips of odd index do not change: both combinations are the same. Without `draw` there are no frames.
+    Clips of odd index, or of one block, do not change: both combinations are the same. Without `draw` there are no
+    frames.
     """
     rng = np.random.default_rng([seed, index])
     pool = combinations_of("train")
     first, second = (pool[int(rng.integers(len(pool)))] for _ in range(2))
-    change = block * int(rng.integers(1, latent_frames // block))
-    if index % 2:
+    blocks = latent_frames // block
+    change = block * int(rng.integers(1, max(blocks, 2)))
+    if index % 2 or blocks == 1:
         second = first
     frames = TEMPORAL_FACTOR * (latent_frames - 1) + 1
     # Latent frame k > 0 stands for the pixel frames 4k - 3 .. 4k.

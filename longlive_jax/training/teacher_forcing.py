@@ -10,30 +10,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.schedule import add_noise
-
-
-@struct.dataclass
-class Batch:
-    """Clips of latents with their prompts.
-
-    Attributes:
-      latents: normalised.
-      positions: temporal position of each frame, the same for all clips.
-      ids, mask: tokens of the prompts.
-      learn: which frames count in the loss (those that show what the prompt says).
-    """
-
-    latents: Float[Array, "b t h w c"]
-    positions: Int[Array, " t"]
-    ids: Int[Array, "b l"]
-    mask: Int[Array, "b l"]
-    learn: Bool[Array, "b t"]
+from longlive_jax.training.batch import Batch
+from longlive_jax.training.flow_matching import draw_sigma, frame_error
 
 
 def teacher_forcing_mask(num_frames: int, block: int) -> np.ndarray:
@@ -53,12 +36,6 @@ def teacher_forcing_mask(num_frames: int, block: int) -> np.ndarray:
     clean = np.concatenate([key <= query, np.zeros((num_frames, num_frames), bool)], axis=1)
     noisy = np.concatenate([key < query, key == query], axis=1)
     return np.concatenate([clean, noisy], axis=0)
-
-
-def draw_sigma(key: PRNGKeyArray, shape: tuple[int, ...], shift: float) -> Float[Array, "..."]:
-    """Noise levels: uniform ones put through the timestep shift."""
-    u = jax.random.uniform(key, shape)
-    return shift * u / (1 + (shift - 1) * u)
 
 
 def teacher_forcing_loss(
@@ -98,5 +75,4 @@ def teacher_forcing_loss(
         positions=jnp.tile(batch.positions, 2),
         mask=jnp.asarray(teacher_forcing_mask(t, block)),
     )
-    error = jnp.mean(jnp.square(flow[:, t:] - (noise - x0)), axis=(2, 3, 4))
-    return jnp.sum(error * batch.learn) / jnp.maximum(jnp.sum(batch.learn), 1)
+    return frame_error(flow[:, t:], noise - x0, batch)

@@ -25,6 +25,7 @@ from longlive_jax.data.sprites import (
     motion_track,
     random_start,
     render,
+    render_crowd,
     render_schedule,
 )
 from longlive_jax.errors import UserError
@@ -298,3 +299,14 @@ def test_bad_source():
         SpriteSource(num_frames=4, split="all")
     with pytest.raises(UserError, match="0 or more"):
         make_clip(0, -1, 4)
+
+
+def test_a_crowd_has_many_sprites_over_one_background():
+    frames = render_crowd(3, 6, np.random.default_rng(4))
+    assert frames.shape == (3, 64, 64, 3)
+    assert np.array_equal(frames, render_crowd(3, 6, np.random.default_rng(4)))
+    colours = {tuple(map(int, pixel)) for pixel in frames[0].reshape(-1, 3)} & set(COLOURS.values())
+    assert len(colours) >= 3
+    backgrounds = [int((frames[0] == np.rint(background_rows(b))[:, None]).all(-1).sum()) for b in BACKGROUNDS]
+    assert max(backgrounds) > 64 * 64 / 3 and sorted(backgrounds)[-2] == 0
+    assert not np.array_equal(frames[0], frames[1])

@@ -13,7 +13,9 @@ from tiny import TRANSFORMER, structure
 from longlive_jax.config import TextEncoderConfig
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
-from longlive_jax.training.teacher_forcing import Batch, draw_sigma, teacher_forcing_loss, teacher_forcing_mask
+from longlive_jax.training.batch import Batch
+from longlive_jax.training.flow_matching import draw_sigma
+from longlive_jax.training.teacher_forcing import teacher_forcing_loss, teacher_forcing_mask
 
 CFG = TRANSFORMER
 TEXT = TextEncoderConfig(vocab_size=20, dim=8, attention_dim=8, ffn_dim=16, num_heads=2, num_layers=1)
