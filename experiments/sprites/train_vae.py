@@ -30,7 +30,7 @@ STAGES = {  # clips a batch, frames a clip, sprites a picture, steps, peak learn
     "sprite-stills": (16, 1, 1, 1700, 2e-3, 12.0),
     "sprite-clips": (3, 5, 1, 450, 1e-3, 12.0),
     "crowd-stills": (16, 1, 6, 1700, 2e-3, 4.0),
-    "crowd-clips": (3, 5, 6, 900, 1e-3, 4.0),
+    "crowd-clips": (3, 5, 6, 600, 1e-3, 4.0),
 }
 """The first three stages gave sprites without shape and yellow for orange, because the background is 95 % of the loss;
 weighting the sprite up mended the colours, and pictures of many sprites the shapes. A new run would start there."""
