@@ -158,7 +158,7 @@ def test_time_embedding_is_limited_by_their_angles(theirs):
     exact = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
     assert np.abs(got - exact).max() < 1e-6
     assert np.abs(got - expected)[:2].max() < 1e-6
-    assert np.abs(got - expected).max() < 1.1 * np.abs(expected - exact).max() < 1.5e-4
+    assert np.abs(got - expected).max() < 1.1 * np.abs(expected - exact).max() < 5e-5
 
 
 def test_block(calls, params):
@@ -266,4 +266,4 @@ def test_a_small_mistake_is_seen(theirs, params, change):
     given = inputs(*CASES["batch"])
     cfg = dataclasses.replace(CFG, **{k: v for k, v in change.items() if k in ("eps", "rope_theta")})
     mistaken = moved(params, change["path"], change["by"]) if "path" in change else params
-    assert error(bidirectional(mistaken, cfg, True, *given), flow(theirs, *given)) > 2 * NETWORK
+    assert error(bidirectional(mistaken, cfg, True, *given), flow(theirs, *given)) > 1.5 * NETWORK
