@@ -310,7 +310,7 @@ def plot(report: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         ):
             axis.set(xlabel=label, title=title)
             axis.grid(alpha=0.3, which="both" if axis is not column[2] else "major")
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     figure.savefig(path, dpi=110)
 
 
