@@ -310,7 +310,7 @@ def plot(report: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         ):
             axis.set(xlabel=label, title=title)
             axis.grid(alpha=0.3, which="both" if axis is not column[2] else "major")
-            axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+            axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.21))
     figure.savefig(path, dpi=110)
 
 
@@ -318,9 +318,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument(
-        "--smoke", action="store_true", help="a few blocks and no full size: a minute or two"
-    )
+    parser.add_argument("--smoke", action="store_true", help="a few blocks and no full size: a minute or two")
     args = parser.parse_args()
     report: dict[str, dict[str, dict[str, Any]]] = {}
     for name in args.models:
