@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.machinery
 import sys
 import types
 from collections.abc import Iterator
@@ -97,12 +98,17 @@ def _import(repo: Path, name: str) -> types.ModuleType:
 
 def _module(name: str, **contents: Any) -> types.ModuleType:
     module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # others may ask whether it is there
     module.__dict__.update(contents)
     return module
 
 
 class _Absent(types.ModuleType):
-    """A package that is imported but not used."""
+    """A package that is imported but not used: whatever is asked of it is None."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

@@ -1,7 +1,8 @@
 """Runs recorded cases of the official PyTorch implementation on a checkpoint and measures the difference.
 
 A case is an `.npz` with a JSON string `meta`, whose `kind` says which part it is for, inputs, and expected outputs; the
-arrays are channels-first as in PyTorch. `KINDS` has a function a kind. Everything is computed in float32.
+arrays are channels-first as in PyTorch. `KINDS` has a function a kind. Everything is computed in float32, but for a
+rollout that was recorded in bfloat16.
 """
 
 from __future__ import annotations
@@ -148,10 +149,15 @@ def run_case(checkpoint_folder: str | Path, case_file: str | Path, atol: float =
         except (TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{case_file} does not fit the checkpoint {checkpoint_folder}: {reason}") from error
+    return compare(case, outputs, atol)
+
+
+def compare(case: Case, outputs: Outputs, atol: float) -> dict[str, Any]:
+    """The entry of a case that has been run, see `run_case`."""
     quantities, squares, count = {}, 0.0, 0
     for name, (ours, expected) in outputs.items():
         if ours.shape != expected.shape:
-            raise UserError(f"{case_file}: '{name}' is {list(expected.shape)}, ours {list(ours.shape)}")
+            raise UserError(f"{case.path}: '{name}' is {list(expected.shape)}, ours {list(ours.shape)}")
         expected = np.asarray(expected, np.float64)
         error = np.asarray(ours, np.float64) - expected
         worst = float(np.max(np.abs(error)))

@@ -70,7 +70,7 @@ def record(repo: Path, output: Path, run: Run, overwrite: bool = False) -> dict[
     with tempfile.TemporaryDirectory() as scratch:
         folder = run.wan
         if run.random_weights:
-            folder = Path(scratch) / "wan"
+            folder = run.write_weights or Path(scratch) / "wan"
             write_random_wan(folder, run.preset, run.seed, str(dtype).removeprefix("torch."))
         exact = dtype == torch.float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact  # TF32 is off by 1e-3
@@ -93,7 +93,8 @@ def _run(repo: Path, folder: Path, run: Run, device, dtype) -> tuple[dict[str, n
     import torch
 
     from longlive_jax.conversion.convert import open_wan
-    from longlive_jax.conversion.official_pipeline import Clock, Parts, build, given_noise, official_settings
+    from longlive_jax.conversion.official_capture import Clock, given_noise
+    from longlive_jax.conversion.official_pipeline import Parts, build, official_settings
     from longlive_jax.conversion.official_repo import opened
 
     source = open_wan(folder, run.generator, run.generator_key, (), None)
@@ -199,6 +200,8 @@ def _weights_name(run: Run) -> str:
 
 def _commit(repo: Path) -> str | None:
     """The clone's commit, for the record; None if git does not say."""
+    if not (repo / ".git").exists():  # git would tell the commit of a repository around it
+        return None
     try:
         told = subprocess.run(["git", "-C", str(repo), "rev-parse", "HEAD"], capture_output=True, text=True)
     except OSError:

@@ -33,6 +33,7 @@ class Run:
       lora_alpha: alpha of the LoRA; its rank by default.
       random_weights: random weights of the sizes of --preset in place of files.
       preset: sizes for --random-weights.
+      write_weights: keep the random weights in this folder, in Wan's files, as longlive convert --wan reads them.
       prompts: one, or the prompts switched between.
       random_embeds: random embeddings in place of prompts, one more than there are switches.
       switch_frames: latent frames of the switches, one fewer than prompts.
@@ -62,6 +63,7 @@ class Run:
     lora_alpha: float | None = None
     random_weights: bool = False
     preset: Literal["sprites", "t2v_1_3b", "t2v_14b"] = "t2v_1_3b"
+    write_weights: Path | None = None
     prompts: tuple[str, ...] = ()
     random_embeds: bool = False
     switch_frames: tuple[int, ...] = ()
@@ -91,6 +93,10 @@ class Run:
             faults.append("give either --wan FOLDER or --random-weights")
         if self.random_weights and (self.generator or self.lora):
             faults.append("--generator and --lora are files of their own sizes; leave them out with --random-weights")
+        if self.write_weights is not None and not self.random_weights:
+            faults.append("--write-weights keeps random weights; give --random-weights")
+        if self.write_weights is not None and self.write_weights.exists():
+            faults.append(f"{self.write_weights} exists; name a folder to make")
         if bool(self.prompts) + self.random_embeds + (self.inputs is not None) != 1:
             faults.append("give one of --prompts, --random-embeds and --inputs")
         if self.prompts and len(self.prompts) != len(self.switch_frames) + 1:
@@ -108,10 +114,7 @@ class Run:
     def sampler(self) -> SamplerConfig:
         """The settings of the rollout, checked."""
         names = ("height", "width", "window", "sink_frames", "block_frames", "steps", "shift", "sink", "rope")
-        return replace(SamplerConfig(), **{name: getattr(self, name) for name in names} | {"steps": self._steps()})
-
-    def _steps(self) -> tuple[float, ...]:
-        return tuple(float(step) for step in self.steps)
+        return replace(SamplerConfig(), **{name: getattr(self, name) for name in names})
 
     def arguments(self) -> list[str]:
         """The command line that gives this; defaults are left out."""
