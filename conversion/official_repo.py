@@ -94,6 +94,8 @@ def _import(repo: Path, name: str) -> types.ModuleType:
             raise UserError(f"{repo} has no module {error.name}; take an unchanged clone: {CLONE}") from error
         text = " for prompts as text (or give --random-embeds)" if package in TEXT_PACKAGES else ""
         raise UserError(f"the official code needs {package}{text}: pip install {package}") from error
+    except ImportError as error:
+        raise UserError(f"{repo}: {error}; take an unchanged clone: {CLONE}") from error
 
 
 def _module(name: str, **contents: Any) -> types.ModuleType:

@@ -38,6 +38,8 @@ def side_by_side(
       UserError: what the recorder or `run_case` refuses.
     """
     run.check()
+    if output is not None and output.exists():
+        raise UserError(f"{output} exists; name another --output")
     run = dataclasses.replace(run, warmup=max(run.warmup, 1))
     with tempfile.TemporaryDirectory() as scratch:
         folder, case_file = run.wan, output or Path(scratch) / "official.npz"
@@ -75,11 +77,11 @@ def compare_and_time(checkpoint: Path, case_file: Path, atol: float) -> dict[str
     """Runs ours on a case of the recorder; see `side_by_side`."""
     import jax
 
-    from longlive_jax.conversion.parity import compare, read_case
+    from longlive_jax.conversion.parity import compare, exact, read_case
     from longlive_jax.conversion.rollout import case_dtype, prepare, prepare_pixels
 
     case, times = read_case(case_file), {}
-    with jax.default_matmul_precision("highest"):  # see `run_case`
+    with exact(case, checkpoint):
         latents, times["latents_ms"] = _timed(prepare(checkpoint, case))
         outputs = {"latents": (latents, case.frames("latents"))}
         if "pixels" in case.arrays:

@@ -209,7 +209,9 @@ def test_clones_that_cannot_be_used(repo, wan, tmp_path):
     wrapper.write_text("import utils.gone\n" + code)
     assert "has no module utils.gone; take an unchanged clone" in message(repo, path, **run)
     wrapper.write_text(code.replace("class WanTextEncoder", "class TextEncoder"))
-    assert "utils.wan_wrapper has no WanTextEncoder" in message(repo, path, **run)
+    assert "cannot import name 'WanTextEncoder'" in message(repo, path, **run)
+    wrapper.write_text(code.replace("as CausalWanModelInfinity", "as Infinity"))
+    assert "utils.wan_wrapper has no CausalWanModelInfinity" in message(repo, path, **run)
     wrapper.write_text(code)
 
     pipeline = repo / "pipeline/causal_inference.py"
@@ -323,8 +325,9 @@ def test_both_sides_by_command(wan, tmp_path, capsys, monkeypatch):
     [
         (["--torch-repo", "none", "--random-weights", "--random-embeds"], "there is no folder none"),
         (["--torch-repo", "none"], "give either --wan FOLDER or --random-weights"),
+        (["--torch-repo", "none", "--random-weights", "--random-embeds", "--output", "."], "exists; name another"),
         (["--torch-repo", "none", "case.npz"], "leave out the case files"),
-        (["--wan", "x", "case.npz", "--checkpoint", "y"], "needs --torch-repo"),
+        (["--wan", "x", "case.npz", "--checkpoint", "y"], "give --torch-repo too"),
         (["case.npz"], "no checkpoint given"),
     ],
 )
