@@ -1,15 +1,17 @@
 """Runs recorded cases of the official PyTorch implementation on a checkpoint and measures the difference.
 
 A case is an `.npz` with a JSON string `meta`, whose `kind` says which part it is for, inputs, and expected outputs; the
-arrays are channels-first as in PyTorch. `KINDS` has a function a kind. Everything is computed in float32.
+arrays are channels-first as in PyTorch. `KINDS` has a function a kind. Everything is computed in float32, but for a
+rollout that was recorded in bfloat16.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +143,29 @@ def run_case(checkpoint_folder: str | Path, case_file: str | Path, atol: float =
     case = read_case(case_file)
     if case.kind not in KINDS:
         raise UserError(f"{case_file}: {unknown_name('kind', str(case.kind), KINDS)}")
+    with exact(case, checkpoint_folder):
+        outputs = KINDS[case.kind](checkpoint_folder, case)
+    return compare(case, outputs, atol)
+
+
+@contextlib.contextmanager
+def exact(case: Case, checkpoint_folder: str | Path) -> Iterator[None]:
+    """Exact matrix products, and a UserError where the case's sizes are not the checkpoint's."""
     # TF32, the default of a GPU, has an error of 1e-3.
     with jax.default_matmul_precision("highest"):
         try:
-            outputs = KINDS[case.kind](checkpoint_folder, case)
+            yield
         except (TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{case_file} does not fit the checkpoint {checkpoint_folder}: {reason}") from error
+            raise UserError(f"{case.path} does not fit the checkpoint {checkpoint_folder}: {reason}") from error
+
+
+def compare(case: Case, outputs: Outputs, atol: float) -> dict[str, Any]:
+    """The entry of a case that has been run, see `run_case`."""
     quantities, squares, count = {}, 0.0, 0
     for name, (ours, expected) in outputs.items():
         if ours.shape != expected.shape:
-            raise UserError(f"{case_file}: '{name}' is {list(expected.shape)}, ours {list(ours.shape)}")
+            raise UserError(f"{case.path}: '{name}' is {list(expected.shape)}, ours {list(ours.shape)}")
         expected = np.asarray(expected, np.float64)
         error = np.asarray(ours, np.float64) - expected
         worst = float(np.max(np.abs(error)))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-import ftfy
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -30,6 +29,8 @@ UNIGRAM = 1  # its model type
 
 def clean(text: str) -> str:
     """Wan's prompt cleaning: mends mojibake, unescapes HTML twice, makes each run of white space one blank, strips."""
+    import ftfy  # here, so that weights can be converted and recorded without it
+
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 

@@ -1,0 +1,1 @@
+raise ImportError("the recorder has no use for what this package imports")
