@@ -288,8 +288,8 @@ def report(differences: Sequence[Difference]) -> dict[str, dict[str, Any]]:
     # By how far it is beyond what is allowed: a nan before all.
     worst = {k: max(found, key=lambda d: np.nan_to_num(d.error / d.allowed, nan=np.inf)) for k, found in kinds.items()}
     faults = [
-        f"{sum(not d.ok for d in kinds[k])} of {len(kinds[k])} {k} layers (worst {d.name}: relative error {d.error:.2g}, "
-        f"rounding explains {d.allowed:.2g})"
+        f"{sum(not d.ok for d in kinds[k])} of {len(kinds[k])} {k} layers (worst {d.name}: relative error "
+        f"{d.error:.2g}, rounding explains {d.allowed:.2g})"
         for k, d in worst.items()
         if not d.ok
     ]

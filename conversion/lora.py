@@ -155,11 +155,11 @@ def _settings(reader: Reader) -> dict[str, Any]:
     try:
         if path.name.startswith("adapter_model.") and config.is_file():
             where, text = str(config), config.read_text("utf-8")
-        settings = dict(json.loads(text))
+        settings = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
         float(settings.get("lora_alpha", 1))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where} does not say how the LoRA was made ({error}); copy or download it again") from error
-    return {name.removeprefix("transformer."): value for name, value in settings.items()}
+    return settings
 
 
 def lora_faults(lora: Lora, weights: dict[str, tuple[int, ...]]) -> list[str]:
