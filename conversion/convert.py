@@ -47,7 +47,7 @@ class Source:
       readers: of each part.
       configs: sizes of each part.
       loras: to be merged into the transformer.
-      tables: of each part, once planned.
+      planned: the table of each part, by `plan`.
       tokenizer: of the prompts, or None, and its file.
       faults, warnings: one line each.
     """
@@ -55,7 +55,7 @@ class Source:
     readers: dict[str, Reader] = dataclasses.field(default_factory=dict)
     configs: dict[str, Any] = dataclasses.field(default_factory=dict)
     loras: list[Lora] = dataclasses.field(default_factory=list)
-    tables: dict[str, tables.Table] = dataclasses.field(default_factory=dict)
+    planned: dict[str, tables.Table] = dataclasses.field(default_factory=dict)
     tokenizer: PromptTokenizer | None = None
     tokenizer_file: Path | None = None
     faults: list[str] = dataclasses.field(default_factory=list)
@@ -233,7 +233,7 @@ def plan(source: Source, part: str, cfg: Any, dtype: Any) -> list[LazyTensor]:
     """What to write for a part; differences between its file and the table are noted as faults."""
     reader, loras = source.readers[part], source.loras if part == "transformer" else []
     ours = checkpoint.tensor_shapes(part, cfg)
-    table = source.tables[part] = tables.WAN[part](cfg)
+    table = source.planned[part] = tables.WAN[part](cfg)
     torch_shapes = table.torch_shapes(ours)
     source.faults += compare_shapes(reader.where, torch_shapes, reader.shapes)
     kinds = [n for n, kind in reader.dtypes.items() if not jax.dtypes.issubdtype(kind, np.floating)]
@@ -262,11 +262,12 @@ def compare_layers(source: Source, written: Path) -> dict[str, Any] | None:
         source.warnings.append('only checksums were compared; for layers too: pip install "longlive-jax[convert]"')
         return None
     differences = []
-    for part, table in source.tables.items():
+    for part, table in source.planned.items():
         files = SafetensorsPart.open(written / f"{part}.safetensors")
         eps = getattr(source.configs[part], "eps", 0.0)  # the VAE's norms have none
         loras = source.loras if part == "transformer" else []
-        differences += layers.compare(table, source.readers[part], files, eps, loras)
+        original = {row.ours: row.torch for row in tables.WAN[part](source.configs[part]).rows}
+        differences += layers.compare(table, source.readers[part], files, eps, loras, original)
     return layers.report(differences)
 
 

@@ -48,7 +48,7 @@ class Layer:
       name: original name.
       rows: by the last part of the original name ("weight", "bias", "gamma", ...).
       reader, files: of the source, and of what was written.
-      loras: that were merged into the weight.
+      changes: (scale, B, A) of each LoRA that was merged into the weight, read when called.
       eps: of the norms.
     """
 
@@ -56,7 +56,7 @@ class Layer:
     rows: dict[str, Row]
     reader: Reader
     files: SafetensorsPart
-    loras: Sequence[Lora]
+    changes: Callable[[], list[tuple[np.float32, np.ndarray, np.ndarray]]]
     eps: float
 
     @property
@@ -119,10 +119,8 @@ def _linear_args(params: dict) -> tuple:
 def linear(layer: Layer, f) -> Outputs:
     x = layer.draw(VECTORS, layer.shape[1])
     theirs = f.linear(_torch(x), *layer.theirs())
-    for lora in layer.loras:
-        if (factors := lora.factors(layer.row.torch)) is not None:
-            scale, b, a = factors
-            theirs = theirs + float(scale) * f.linear(f.linear(_torch(x), _torch(a)), _torch(b))
+    for scale, b, a in layer.changes():
+        theirs = theirs + float(scale) * f.linear(f.linear(_torch(x), _torch(a)), _torch(b))
     return theirs, layer.ours(_make_linear, _linear_args, x)
 
 
@@ -209,12 +207,12 @@ KINDS = {
 """Kinds of layers by the transform of their weight. `kind` knows those whose layout stays as it is."""
 
 
-def kind(name: str, rows: dict[str, Row]) -> Callable[[Layer, Any], Outputs]:
+def kind(rows: dict[str, Row]) -> Callable[[Layer, Any], Outputs]:
     """How a layer is compared."""
-    transform = next(iter(rows.values())).transform
-    if transform != tables.SAME:
-        return KINDS[transform]
-    if name.endswith("embedding"):
+    row = next(iter(rows.values()))
+    if row.transform != tables.SAME:
+        return KINDS[row.transform]
+    if row.ours.endswith("embedding"):
         return embedding
     return layer_norm if "bias" in rows else rms_norm
 
@@ -237,7 +235,7 @@ class Difference:
 
 
 def compare(
-    table: Table, reader: Reader, files: SafetensorsPart, eps: float, loras: Sequence[Lora] = ()
+    table: Table, reader: Reader, files: SafetensorsPart, eps: float, loras: Sequence[Lora], original: dict[str, str]
 ) -> list[Difference]:
     """Compares every layer of a part.
 
@@ -247,6 +245,7 @@ def compare(
       files: what was written.
       eps: of the norms with eps.
       loras: that were merged.
+      original: the name by which LoRAs know a weight, by our name.
     """
     from torch.nn import functional
 
@@ -257,21 +256,23 @@ def compare(
         groups.setdefault(row.torch if bare else layer, {})[role] = row
     differences = []
     for name, rows in groups.items():
-        compute = kind(name, rows)
+        compute = kind(rows)
+        weight = original[next(iter(rows.values())).ours]
+        changing = [lora for lora in loras if weight in lora.sides]
+        changes = lambda weight=weight, changing=changing: [lora.factors(weight) for lora in changing]
         with jax.default_matmul_precision("highest"):  # GPUs and TPUs round the inputs of products otherwise
-            theirs, ours = compute(Layer(name, rows, reader, files, loras, eps), functional)
+            theirs, ours = compute(Layer(name, rows, reader, files, changes, eps), functional)
         theirs, ours = np.asarray(theirs), np.asarray(ours, np.float32)
         error, size = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
-        allowed = max(_allowed(row, reader, files, loras) for row in rows.values())
+        allowed = max(_allowed(row, reader, files, bool(changing)) for row in rows.values())
         relative = float(error / size) if size else float("inf" if error else 0)
         differences.append(Difference(name, compute.__name__, relative, allowed))
     return differences
 
 
-def _allowed(row: Row, reader: Reader, files: SafetensorsPart, loras: Sequence[Lora]) -> float:
+def _allowed(row: Row, reader: Reader, files: SafetensorsPart, merged: bool) -> float:
     """The order of sums; and twice the rounding to the written dtype, if it cannot hold all the source has."""
     source, written = reader.dtypes[row.torch], files.dtypes[row.ours]
-    merged = any(row.torch in lora.sides for lora in loras)
     exact = jnp.promote_types(np.float32 if merged else source, written) == written
     return SUMS if exact else SUMS + float(ml_dtypes.finfo(written).eps)
 

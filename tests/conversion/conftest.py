@@ -1,6 +1,5 @@
 """Tiny Wan models with random weights in the original file formats."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -67,24 +66,3 @@ def lora() -> dict[str, torch.Tensor]:
         "base_model.model.blocks.1.ffn.2.lora_A.weight": draw(4, 48),
         "base_model.model.blocks.1.ffn.2.lora_B.weight": draw(32, 4),
     }
-
-
-@pytest.fixture
-def hub_cache(tmp_path):
-    """Puts a folder or file into a hub cache, in its layout: blobs, refs, and a snapshot of links."""
-    revision = "0123456789abcdef0123456789abcdef01234567"
-
-    def put(repo: str, source: Path, name: str | None = None) -> Path:
-        root = tmp_path / "home/hub" / f"models--{repo.replace('/', '--')}"
-        (root / "blobs").mkdir(parents=True, exist_ok=True)
-        (root / "refs").mkdir(exist_ok=True)
-        (root / "refs/main").write_text(revision)
-        for path in [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]:
-            blob = root / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
-            path.replace(blob)
-            link = root / "snapshots" / revision / (name or path.relative_to(source))
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(blob)
-        return root / "snapshots" / revision
-
-    return put

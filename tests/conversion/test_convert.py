@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longlive_jax import checkpoint
-from longlive_jax.config import SamplerConfig
+from longlive_jax.config import SamplerConfig, TextEncoderConfig
 from longlive_jax.conversion import convert, tables
 from longlive_jax.conversion.convert import convert_wan
 from longlive_jax.errors import UserError
@@ -308,19 +310,15 @@ def test_the_report_in_the_folder(wan, tmp_path, states):
     written = json.loads((tmp_path / "out/conversion.json").read_text())
     assert written == {name: value for name, value in report.items() if name not in ("output", "warnings")}
     assert str(tmp_path) not in (tmp_path / "out/conversion.json").read_text()
-    assert set(written["parts"]["vae"]["sha256"]) == set(checkpoint.open_part(
-        tmp_path / "out", "vae", checkpoint.load_config(tmp_path / "out").vae).shapes)  # fmt: skip
+    files = checkpoint.open_part(tmp_path / "out", "vae", checkpoint.load_config(tmp_path / "out").vae)
+    assert set(written["parts"]["vae"]["sha256"]) == set(files.shapes)
     layers = written["layers"]
     assert set(layers) == {
         "linear", "patch_embedding", "point_convolution", "conv3d", "conv2d",
         "rms_norm", "layer_norm", "channel_norm", "embedding", "parameter",
     }  # fmt: skip
-    names = {name for state in states.values() for name in state}
-    modules = {
-        name.rpartition(".")[0] if name.split(".")[-1] in ("weight", "bias", "gamma") else name for name in names
-    }
-    shared = len({f"{part}.{name}" for part, state in states.items() for name in state}) - len(names)
-    assert len(modules) <= sum(kind["modules"] for kind in layers.values()) <= len(modules) + shared
+    layer = lambda name: name.rpartition(".")[0] if name.endswith((".weight", ".bias", ".gamma")) else name
+    assert sum(kind["modules"] for kind in layers.values()) == sum(len(set(map(layer, s))) for s in states.values())
     assert all(1e-5 < kind["allowed"] < 0.01 for name, kind in layers.items() if name != "embedding")
     assert layers["embedding"]["worst"] == 0  # bfloat16 on both sides
     assert all(0 < kind["worst"] < 0.004 for name, kind in layers.items() if name != "embedding")
@@ -330,32 +328,33 @@ def test_the_report_in_the_folder(wan, tmp_path, states):
     assert convert_wan(wan, tmp_path / "quick")["layers"] is None
 
 
-WRONG = {
-    "linear": (tables.LINEAR, lambda w: w.T if w.shape[0] == w.shape[1] else w),
-    "patch_embedding": (tables.PATCHIFY, lambda w: w[::-1]),
-    "point_convolution": (tables.POINT3D, lambda w: w[:, ::-1]),
-    "conv3d": (tables.CONV3D, lambda w: w[::-1]),
-    "conv2d": (tables.CONV2D, lambda w: w.swapaxes(0, 1)),
-    "channel_norm": (tables.GAMMA3D, lambda w: w[::-1]),
-    "parameter": (tables.ONE_FIRST, lambda w: w[::-1]),
-    "rms_norm, layer_norm, embedding": (tables.SAME, lambda w: w[::-1]),
+MISTAKES = {
+    tables.LINEAR: lambda w: w.T if w.shape[0] == w.shape[1] else w,
+    tables.PATCHIFY: lambda w: w[::-1],
+    tables.POINT3D: lambda w: w[:, ::-1],
+    tables.CONV3D: lambda w: w[::-1],
+    tables.CONV2D: lambda w: w.swapaxes(0, 1),
+    tables.GAMMA3D: lambda w: w[::-1],
+    tables.ONE_FIRST: lambda w: w[::-1],
+    tables.SAME: lambda w: w[::-1],
 }
-"""Kinds of layers, and a mistake in the layout of their weights that no checksum or shape shows."""
+"""In the layout of a tensor, such as no checksum or shape shows."""
 
 
-@pytest.mark.parametrize("kinds", WRONG)
-def test_verify_finds_a_wrong_layout(wan, tmp_path, monkeypatch, kinds):
-    wrong, mistake = WRONG[kinds]
+def test_verify_finds_wrong_layouts(wan, tmp_path, monkeypatch):
     right = tables.Transform.to_ours
 
     def to_ours(self, array, **sizes):
-        values = right(self, array, **sizes)
-        return mistake(values) if self is wrong else values
+        return MISTAKES.get(self, lambda w: w)(right(self, array, **sizes))
 
     monkeypatch.setattr(tables.Transform, "to_ours", to_ours)
     text = message(wan, tmp_path / "out", verify=True)
     assert "converted layers differ from PyTorch's, nothing was written" in text
-    assert all(f" {kind} layers (worst" in text for kind in kinds.split(", "))
+    for kind in (
+        "linear", "patch_embedding", "point_convolution", "conv3d", "conv2d",
+        "rms_norm", "layer_norm", "channel_norm", "embedding", "parameter",
+    ):  # fmt: skip
+        assert f" {kind} layers (worst" in text
     assert [path.name for path in tmp_path.iterdir()] == ["wan"]
 
 
@@ -381,6 +380,41 @@ def test_verify_without_torch(wan, tmp_path, states, monkeypatch):
     assert (report["verified"], report["layers"]) == (True, None)
     assert "only checksums were compared" in report["warnings"][-1]
     assert report["summary"].endswith("verified")
+
+
+MEMORY = """
+import sys
+from longlive_jax.conversion.convert import convert_wan
+def peak():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0]) / 1024
+for folder in sys.argv[1:]:
+    convert_wan(folder, folder + "-out", verify=True)
+    print(peak())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory in use is read from Linux's /proc")
+def test_a_large_file_does_not_count_as_memory(wan, tmp_path):
+    """A text encoder of 400 MB, its largest tensor 10 MB: beyond what a tiny one takes, less than a third of it."""
+    cfg = TextEncoderConfig(
+        vocab_size=90, dim=1024, attention_dim=1024, ffn_dim=2560, num_heads=4, num_layers=8
+    )  # fmt: skip
+    large = tmp_path / "large"
+    shutil.copytree(wan, large)
+    dit = load_file(large / "diffusion_pytorch_model.safetensors")
+    dit["text_embedding.0.weight"] = torch.randn(32, cfg.dim)
+    save_file(dit, large / "diffusion_pytorch_model.safetensors")
+    shapes = tables.WAN["text_encoder"](cfg).torch_shapes(checkpoint.tensor_shapes("text_encoder", cfg))
+    path = large / "models_t5_umt5-xxl-enc-bf16.pth"
+    torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, path)
+    megabytes = path.stat().st_size / 2**20
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(wan), str(large)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tiny, most = map(float, done.stdout.split())
+    print(f"file {megabytes:.0f} MB, peak {tiny:.0f} MB for a tiny one, {most:.0f} MB for this one")
+    assert most - tiny < megabytes / 3
 
 
 # MARK: from the hub
