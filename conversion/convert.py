@@ -89,7 +89,7 @@ def convert_wan(
         "owner/name/path/to/file" on the hub, as for the LoRAs.
       generator_key: entry of that file; by default the first there of `generator`, `generator_ema`, `model`.
       loras: (file, scale) pairs, merged in float32.
-      lora_alpha: alpha of the LoRAs that have no alpha tensors; by default what is noted beside them, else their rank.
+      lora_alpha: alpha of the LoRAs that do not say it; their rank by default.
       dtype: "bfloat16" or "float32", of everything written.
       verify: read back what was written, compare checksums and, if PyTorch is installed, each layer's numbers.
       overwrite: replace a checkpoint that is there.
@@ -182,7 +182,7 @@ def open_wan(
         with collect(source.faults):
             source.loras.append(open_lora(hub.file(path), scale, lora_alpha))
     source.faults += [fault for lora in source.loras for fault in lora.faults]
-    if lora_alpha is not None and all(lora.says_alpha for lora in source.loras):
+    if lora_alpha is not None and len(source.loras) == len(loras) and all(lora.says_alpha for lora in source.loras):
         source.faults.append("--lora-alpha is for LoRAs that do not say their alpha, and there is none; leave it out")
     return source
 

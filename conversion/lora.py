@@ -56,7 +56,7 @@ class Lora:
       reader: where its tensors are.
       sides: (name of A, name of B) for each weight, by the weight's original name.
       alphas: of each weight whose alpha is not its rank.
-      says_alpha: whether the file itself has an alpha for every weight.
+      says_alpha: whether the file, or what stands beside it, says alpha for every weight.
       scale: how strongly it is applied.
       faults: what keeps it from being used, whatever the transformer.
     """
@@ -94,7 +94,7 @@ def open_lora(path: str | Path, scale: float = 1.0, alpha: float | None = None) 
     Args:
       path: the file.
       scale: how strongly it is applied.
-      alpha: of the weights without an alpha tensor; by default what peft or diffusers noted, else their rank.
+      alpha: of the weights for which the file says none; their rank by default.
 
     Raises:
       UserError: the file cannot be read or is empty. All else that is wrong with it is in `faults`.
@@ -126,8 +126,8 @@ def open_lora(path: str | Path, scale: float = 1.0, alpha: float | None = None) 
     for weight in sides:
         if "alpha" in halves[weight]:
             alphas[weight] = float(reader.read(halves[weight]["alpha"]).astype(np.float64).reshape(()))
-        elif alpha is not None or "lora_alpha" in settings:
-            alphas[weight] = float(settings["lora_alpha"] if alpha is None else alpha)
+        elif "lora_alpha" in settings or alpha is not None:
+            alphas[weight] = float(settings.get("lora_alpha", alpha))
     says_alpha = "lora_alpha" in settings or all("alpha" in halves[weight] for weight in sides)
     if reader.paths[0].stem == "adapter_model" and not says_alpha and alpha is None:
         faults.append(f"{reader.where} has no adapter_config.json beside it; copy it there, or give --lora-alpha")

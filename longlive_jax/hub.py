@@ -124,8 +124,10 @@ def _only_weights(repo: str) -> str:
             raise _refusal(f"'{repo}'", error) from None
         names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
     names = sorted(name for name in names if name.endswith(WEIGHTS))
-    if len(names) != 1:
-        raise UserError(f"'{repo}' has {len(names) or 'no'} files of weights; name one: {repo}/{'|'.join(names)}")
+    if not names:
+        raise UserError(f"'{repo}' has no file of weights ({', '.join(WEIGHTS)}); choose another repository")
+    if len(names) > 1:
+        raise UserError(f"'{repo}' has {len(names)} files of weights; name one: {repo}/{'|'.join(names)}")
     return names[0]
 
 

@@ -152,6 +152,9 @@ def test_the_only_weights_of_a_repository(offline, hub_cache, tmp_path):
     put(hub_cache, tmp_path, "org/two", "a.pt", "b.pt")
     with pytest.raises(UserError, match=r"'org/two' has 2 files of weights; name one: org/two/a.pt\|b.pt"):
         hub.file("org/two")
+    put(hub_cache, tmp_path, "org/text", "README.md")
+    with pytest.raises(UserError, match="'org/text' has no file of weights"):
+        hub.file("org/text")
     with pytest.raises(UserError, match="cannot get 'org/none' from the hub"):
         hub.file("org/none")
 

@@ -20,7 +20,7 @@ class Convert:
       generator: LongLive's or Self-Forcing's .pt whose DiT replaces Wan's; on the hub owner/name/path/to/file.
       generator_key: which entry of that file: generator, generator_ema or model; the first present by default.
       lora: LoRA files to merge, each FILE or FILE:scale, with the names of peft, diffusers, ComfyUI or kohya.
-      lora_alpha: alpha of the LoRAs that have none in the file; their rank by default.
+      lora_alpha: alpha of the LoRAs whose files do not say it; their rank by default.
       dtype: of the tensors written, bfloat16 or float32.
       verify: read everything back, compare checksums and, with PyTorch, the numbers of each layer with the source's.
       overwrite: replace an output that exists.
