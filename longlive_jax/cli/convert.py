@@ -15,20 +15,20 @@ class Convert:
     """Convert Wan / LongLive files (PyTorch) to a checkpoint folder.
 
     Attributes:
-      wan: folder of Wan's original files (config.json, DiT, VAE, text encoder, tokeniser).
+      wan: folder of Wan's original files (config.json, DiT, VAE, text encoder, tokeniser), or its hub id owner/name.
       output: the checkpoint folder to write.
-      generator: LongLive's or Self-Forcing's .pt whose DiT replaces Wan's.
+      generator: LongLive's or Self-Forcing's .pt whose DiT replaces Wan's; on the hub owner/name/path/to/file.
       generator_key: which entry of that file: generator, generator_ema or model; the first present by default.
-      lora: LoRA files to merge, each FILE or FILE:scale.
-      lora_alpha: alpha of the LoRAs (it is not in the file); their rank by default.
+      lora: LoRA files to merge, each FILE or FILE:scale, with the names of peft, diffusers, ComfyUI or kohya.
+      lora_alpha: alpha of the LoRAs whose files do not say it; their rank by default.
       dtype: of the tensors written, bfloat16 or float32.
-      verify: read everything back and compare it with the source.
+      verify: read everything back, compare checksums and, with PyTorch, the numbers of each layer with the source's.
       overwrite: replace an output that exists.
     """
 
-    wan: Path
+    wan: str
     output: Path
-    generator: Path | None = None
+    generator: str | None = None
     generator_key: str | None = None
     lora: tuple[str, ...] = ()
     lora_alpha: float | None = None
@@ -57,14 +57,14 @@ class Convert:
         return 0
 
 
-def parse_lora(text: str) -> tuple[Path, float]:
+def parse_lora(text: str) -> tuple[str, float]:
     """FILE or FILE:scale."""
     path, colon, scale = text.rpartition(":")
     if not colon:
-        return Path(text), 1.0
+        return text, 1.0
     try:
-        return Path(path), float(scale)
+        return path, float(scale)
     except ValueError:
         if Path(text).exists():
-            return Path(text), 1.0
+            return text, 1.0
         raise UserError(f"--lora {text}: '{scale}' is not a scale; write FILE or FILE:0.8") from None
