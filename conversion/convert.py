@@ -19,9 +19,10 @@ import numpy as np
 from longlive_jax import checkpoint
 from longlive_jax.checkpoint import compare_shapes
 from longlive_jax.config import ModelConfig, SamplerConfig
-from longlive_jax.conversion import sizes, tables
+from longlive_jax.conversion import diffusers, extras, sizes, tables
 from longlive_jax.conversion.lora import Lora, lora_faults, merge, open_lora
 from longlive_jax.conversion.readers import GENERATOR_KEYS, Reader, open_weights
+from longlive_jax.conversion.tables_diffusers import DIFFUSERS
 from longlive_jax.errors import UserError, collect, raise_all
 from longlive_jax.tensor_files import LazyTensor
 from longlive_jax.tokenizer import PromptTokenizer
@@ -41,6 +42,8 @@ class Source:
     Attributes:
       readers: of each part.
       configs: sizes of each part.
+      tables: which table each part's file follows; the original one unless it says otherwise.
+      sampler: the sampler's defaults.
       loras: to be merged into the transformer.
       tokenizer: of the prompts, or None, and its file.
       faults, warnings: one line each.
@@ -48,6 +51,8 @@ class Source:
 
     readers: dict[str, Reader] = dataclasses.field(default_factory=dict)
     configs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tables: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(tables.WAN))
+    sampler: SamplerConfig = SamplerConfig()
     loras: list[Lora] = dataclasses.field(default_factory=list)
     tokenizer: PromptTokenizer | None = None
     tokenizer_file: Path | None = None
@@ -73,10 +78,11 @@ def convert_wan(
     verify: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Converts a folder of original Wan 2.1 files, with LongLive's generator and LoRA in place of Wan's DiT if given.
+    """Converts a folder of Wan 2.1's files, with LongLive's generator and LoRA in place of Wan's DiT if given.
 
     Args:
-      folder: config.json, DiT, VAE, and if they are there text encoder and tokeniser.
+      folder: the original files (config.json, DiT, VAE, and if they are there text encoder and tokeniser), or a folder
+        of diffusers' `WanPipeline`.
       output: the checkpoint folder to write.
       generator: a LongLive or Self-Forcing `.pt`, or any file with a DiT of the same architecture.
       generator_key: entry of that file; by default the first there of `generator`, `generator_ema`, `model`.
@@ -104,7 +110,7 @@ def convert_wan(
     with collect(source.faults):
         if not source.faults:
             configs = source.configs
-            config = ModelConfig(configs["transformer"], configs["vae"], configs.get("text_encoder"), SamplerConfig())
+            config = ModelConfig(configs["transformer"], configs["vae"], configs.get("text_encoder"), source.sampler)
     raise_all(source.faults, f"cannot convert {folder}, nothing was written: ")
     provenance = describe(source, dtype, lora_alpha)
     hashes = checkpoint.save(
@@ -138,14 +144,32 @@ def open_wan(
     if generator_key is not None and generator is None:
         raise UserError("--generator-key chooses an entry of the --generator file; give that too")
     source, settings = Source(), None
+    is_diffusers = diffusers.is_folder(folder)
+    if is_diffusers:
+        settings = open_diffusers(source, folder, transformer=generator is None)
+    else:
+        with collect(source.faults):
+            settings = sizes.read_settings(folder / "config.json")
+    if generator or not is_diffusers:
+        with collect(source.faults):
+            path = Path(generator) if generator else folder / DIT_NAME
+            reader = source.readers["transformer"] = open_weights(path, generator_key, keys=GENERATOR_KEYS)
+            if settings is not None:
+                cfg = sizes.transformer_sizes(reader.shapes, settings, reader.where)
+                source.configs["transformer"] = cfg
+    if not is_diffusers:
+        open_vae_and_text_encoder(source, folder)
     with collect(source.faults):
-        settings = sizes.read_settings(folder / "config.json")
-    with collect(source.faults):
-        path = Path(generator) if generator else folder / DIT_NAME
-        reader = source.readers["transformer"] = open_weights(path, generator_key, keys=GENERATOR_KEYS)
-        if settings is not None:
-            cfg = sizes.transformer_sizes(reader.shapes, settings, reader.where)
-            source.configs["transformer"] = cfg
+        source.sampler = extras.restore(folder, source.configs)
+    open_tokenizer(source, folder / ("tokenizer" if is_diffusers else TOKENIZER_FOLDER))
+    for path, scale in loras:
+        with collect(source.faults):
+            source.loras.append(open_lora(path, scale, lora_alpha))
+    return source
+
+
+def open_vae_and_text_encoder(source: Source, folder: Path) -> None:
+    """The other two parts of a folder of original files; the text encoder may be missing."""
     with collect(source.faults):
         reader = source.readers["vae"] = open_weights(first_of(folder, VAE_NAMES))
         source.configs["vae"] = sizes.vae_sizes(reader.shapes, reader.where)
@@ -156,11 +180,28 @@ def open_wan(
             source.configs["text_encoder"] = sizes.text_encoder_sizes(reader.shapes, reader.where)
         else:
             source.warnings.append(f"no text encoder: {text} is missing, so prompts cannot be read")
-    open_tokenizer(source, folder / TOKENIZER_FOLDER)
-    for path, scale in loras:
+
+
+def open_diffusers(source: Source, folder: Path, *, transformer: bool) -> dict[str, Any] | None:
+    """The parts of a diffusers folder; the text encoder may be missing, the transformer left out.
+
+    Returns:
+      What Wan's config.json would say of the transformer, or None if that cannot be read.
+    """
+    settings = None
+    with collect(source.faults):
+        diffusers.check_index(folder)
+    for part in checkpoint.MODULES:
+        if part == "text_encoder" and not (folder / part).is_dir():
+            source.warnings.append(f"no text encoder: {folder / part} is missing, so prompts cannot be read")
+            continue
         with collect(source.faults):
-            source.loras.append(open_lora(path, scale, lora_alpha))
-    return source
+            if part == "transformer" and not transformer:
+                settings = sizes.wan_settings(diffusers.read_sizes(folder, part))
+            else:
+                source.readers[part], source.configs[part] = diffusers.open_part(folder, part)
+                source.tables[part] = DIFFUSERS[part]
+    return settings
 
 
 def first_of(folder: Path, names: Sequence[str]) -> Path:
@@ -192,18 +233,19 @@ def plan(source: Source, part: str, cfg: Any, dtype: Any) -> list[LazyTensor]:
     """What to write for a part; differences between its file and the table are noted as faults."""
     reader, loras = source.readers[part], source.loras if part == "transformer" else []
     ours = checkpoint.tensor_shapes(part, cfg)
-    table = tables.WAN[part](cfg)
+    table = source.tables[part](cfg)
+    original = {row.ours: row.torch for row in tables.WAN[part](cfg).rows}  # LoRAs go by the original names
     torch_shapes = table.torch_shapes(ours)
     source.faults += compare_shapes(reader.where, torch_shapes, reader.shapes)
     kinds = [n for n, kind in reader.dtypes.items() if not jax.dtypes.issubdtype(kind, np.floating)]
     source.faults += [f"{reader.where}: {', '.join(kinds)} hold no floating-point numbers"] if kinds else []
-    weights = {row.torch: torch_shapes[row.torch] for row in table.rows if row.transform is tables.LINEAR}
+    weights = {original[row.ours]: torch_shapes[row.torch] for row in table.rows if row.transform is tables.LINEAR}
     for lora in loras:
         source.faults += lora_faults(lora, weights)
 
     def make(row: tables.Row) -> LazyTensor:
         def values():
-            return row.transform.to_ours(merge(row.torch, reader.read(row.torch), loras), **table.sizes)
+            return row.transform.to_ours(merge(original[row.ours], reader.read(row.torch), loras), **table.sizes)
 
         return LazyTensor(row.ours, ours[row.ours], dtype, values)
 

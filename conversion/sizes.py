@@ -86,6 +86,16 @@ def transformer_sizes(shapes: Shapes, settings: dict[str, Any], where: str) -> T
     )
 
 
+def wan_settings(cfg: TransformerConfig) -> dict[str, Any]:
+    """The settings of Wan's own config.json for these sizes."""
+    return {
+        "_class_name": "WanModel", "model_type": "t2v", "patch_size": list(cfg.patch), "text_len": cfg.text_length,
+        "in_dim": cfg.in_channels, "dim": cfg.dim, "ffn_dim": cfg.ffn_dim, "freq_dim": cfg.time_dim,
+        "text_dim": cfg.text_dim, "out_dim": cfg.out_channels, "num_heads": cfg.num_heads,
+        "num_layers": cfg.num_layers, "qk_norm": True, "cross_attn_norm": True, "eps": cfg.eps,
+    }  # fmt: skip
+
+
 def vae_sizes(shapes: Shapes, where: str) -> VAEConfig:
     """Sizes of the VAE, by walking its encoder: residual blocks of a level, then the step to the next.
 
