@@ -38,11 +38,13 @@ def unsaid(config: ModelConfig, to: str) -> dict[str, dict[str, Any]]:
 
 def warnings(config: ModelConfig, to: str) -> list[str]:
     """One line for each setting that only our own conversion will read back."""
-    return [
-        f"{part}: {name} is {value}, but the code that reads {to} files takes {BUILT_IN[to][part][name]}"
-        for part, settings in unsaid(config, to).items()
-        for name, value in settings.items()
-    ]
+    lines = []
+    for part, settings in unsaid(config, to).items():
+        for name, value in settings.items():
+            figures = isinstance(value, tuple)  # a number a channel: too long for a line
+            told = "differs from what" if figures else f"is {value}, but {BUILT_IN[to][part][name]} is what"
+            lines.append(f"{part}: {name} {told} the code that reads {to} files has built in")
+    return lines
 
 
 def write(folder: Path, config: ModelConfig, to: str, provenance: dict[str, Any]) -> None:

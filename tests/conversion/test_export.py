@@ -94,7 +94,7 @@ def test_what_the_files_cannot_say_comes_back(tmp_path, ours, states):
         report = export(tmp_path / "odd", tmp_path / to, to)
         said = " ".join(report["warnings"])
         assert "no tokeniser" in said
-        assert "rope_theta is 5000.0, but the code that reads" in said
+        assert "rope_theta is 5000.0, but 10000.0 is what the code that reads" in said
         assert ("latent_mean" in said) == ("max_distance" in said) == (to == "torch")
         convert_wan(tmp_path / to, tmp_path / f"from_{to}", dtype="float32")
         assert checkpoint.load_config(tmp_path / f"from_{to}") == config
