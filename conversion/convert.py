@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,15 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from longlive_jax import checkpoint
+from longlive_jax import checkpoint, hub
 from longlive_jax.checkpoint import compare_shapes
 from longlive_jax.config import ModelConfig, SamplerConfig
-from longlive_jax.conversion import diffusers, extras, sizes, tables
+from longlive_jax.conversion import diffusers, extras, layers, sizes, tables
 from longlive_jax.conversion.lora import Lora, lora_faults, merge, open_lora
 from longlive_jax.conversion.readers import GENERATOR_KEYS, Reader, open_weights
 from longlive_jax.conversion.tables_diffusers import DIFFUSERS
 from longlive_jax.errors import UserError, collect, raise_all
-from longlive_jax.tensor_files import LazyTensor
+from longlive_jax.tensor_files import LazyTensor, SafetensorsPart
 from longlive_jax.tokenizer import PromptTokenizer
 
 OUTPUT_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -33,6 +34,10 @@ DIT_NAME = "diffusion_pytorch_model.safetensors"
 VAE_NAMES = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
 TEXT_NAMES = ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors")
 TOKENIZER_FOLDER = "google/umt5-xxl"
+TOKENIZER_NAMES = ("tokenizer.json", "spiece.model")
+
+REPORT = "conversion.json"
+"""The report of a conversion, in the checkpoint folder."""
 
 
 @dataclasses.dataclass
@@ -45,6 +50,7 @@ class Source:
       tables: which table each part's file follows; the original one unless it says otherwise.
       sampler: the sampler's defaults.
       loras: to be merged into the transformer.
+      planned: the table of each part, by `plan`.
       tokenizer: of the prompts, or None, and its file.
       faults, warnings: one line each.
     """
@@ -54,6 +60,7 @@ class Source:
     tables: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(tables.WAN))
     sampler: SamplerConfig = SamplerConfig()
     loras: list[Lora] = dataclasses.field(default_factory=list)
+    planned: dict[str, tables.Table] = dataclasses.field(default_factory=dict)
     tokenizer: PromptTokenizer | None = None
     tokenizer_file: Path | None = None
     faults: list[str] = dataclasses.field(default_factory=list)
@@ -82,19 +89,21 @@ def convert_wan(
 
     Args:
       folder: the original files (config.json, DiT, VAE, and if they are there text encoder and tokeniser), or a folder
-        of diffusers' `WanPipeline`.
+        of diffusers' `WanPipeline`; or a hub id "owner/name" of either.
       output: the checkpoint folder to write.
-      generator: a LongLive or Self-Forcing `.pt`, or any file with a DiT of the same architecture.
+      generator: a LongLive or Self-Forcing `.pt`, or any file with a DiT of the same architecture; or
+        "owner/name/path/to/file" on the hub, as for the LoRAs.
       generator_key: entry of that file; by default the first there of `generator`, `generator_ema`, `model`.
       loras: (file, scale) pairs, merged in float32.
-      lora_alpha: peft's alpha of the LoRAs; their rank by default.
+      lora_alpha: alpha of the LoRAs that have no alpha tensors; by default what is noted beside them, else their rank.
       dtype: "bfloat16" or "float32", of everything written.
-      verify: read back what was written and compare checksums.
+      verify: read back what was written, compare checksums and, if PyTorch is installed, each layer's numbers.
       overwrite: replace a checkpoint that is there.
 
     Returns:
       A report: `summary` (a line to print), `output`, `parts` (tensors, parameters, bytes and checksums of each),
-      `sources`, `loras`, `warnings`, `verified`, `hash`.
+      `sources`, `loras`, `warnings`, `verified`, `layers` (worst error of each kind; None if not compared),
+      `hash`. All but `output` and `warnings` is written to conversion.json in the folder too.
 
     Raises:
       UserError: with all that is wrong; nothing has been written.
@@ -102,7 +111,7 @@ def convert_wan(
     if dtype not in OUTPUT_DTYPES:
         raise UserError(f"dtype is '{dtype}'; choose {' or '.join(OUTPUT_DTYPES)}")
     checkpoint.refuse_existing(Path(output), overwrite)
-    source = open_wan(Path(folder), generator, generator_key, loras, lora_alpha)
+    source = open_wan(folder, generator, generator_key, loras, lora_alpha)
     parts = {}
     for part, cfg in source.configs.items():
         parts[part] = plan(source, part, cfg, OUTPUT_DTYPES[dtype])
@@ -112,33 +121,45 @@ def convert_wan(
             configs = source.configs
             config = ModelConfig(configs["transformer"], configs["vae"], configs.get("text_encoder"), source.sampler)
     raise_all(source.faults, f"cannot convert {folder}, nothing was written: ")
-    provenance = describe(source, dtype, lora_alpha)
-    hashes = checkpoint.save(
-        output, config, parts, source.tokenizer, provenance, overwrite=overwrite, verify_written=verify
+    provenance = describe(source, dtype)
+    report: dict[str, Any] = {}
+
+    def finish(new: Path, hashes: dict[str, dict[str, str]]) -> None:
+        report.update(
+            parts={part: part_report(tensors, hashes[part]) for part, tensors in parts.items()},
+            verified=verify,
+            layers=compare_layers(source, new) if verify else None,
+            hash=checkpoint.checkpoint_hash(new),
+            **provenance,
+        )
+        report["summary"] = summary(report)
+        (new / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+    checkpoint.save(
+        output,
+        config,
+        parts,
+        source.tokenizer,
+        provenance,
+        overwrite=overwrite,
+        verify_written=verify,
+        finish=finish,
     )
-    report = {part: part_report(tensors, hashes[part]) for part, tensors in parts.items()}
-    return {
-        "summary": summary(report, provenance, verify),
-        "output": str(output),
-        "parts": report,
-        "warnings": source.warnings,
-        "verified": verify,
-        "hash": checkpoint.checkpoint_hash(output),
-        **provenance,
-    }
+    return {"output": str(output), "warnings": source.warnings, **report}
 
 
 # MARK: opening
 
 
 def open_wan(
-    folder: Path,
+    folder: str | Path,
     generator: str | Path | None,
     generator_key: str | None,
     loras: Sequence[tuple[str | Path, float]],
     lora_alpha: float | None,
 ) -> Source:
     """Opens all files and reads the sizes. Faults are noted, not raised, but for a folder that is not there."""
+    folder = find_wan(folder, generator is None)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the folder with Wan's config.json and weights")
     if generator_key is not None and generator is None:
@@ -152,7 +173,7 @@ def open_wan(
             settings = sizes.read_settings(folder / "config.json")
     if generator or not is_diffusers:
         with collect(source.faults):
-            path = Path(generator) if generator else folder / DIT_NAME
+            path = hub.file(generator) if generator else folder / DIT_NAME
             reader = source.readers["transformer"] = open_weights(path, generator_key, keys=GENERATOR_KEYS)
             if settings is not None:
                 cfg = sizes.transformer_sizes(reader.shapes, settings, reader.where)
@@ -164,7 +185,10 @@ def open_wan(
     open_tokenizer(source, folder / ("tokenizer" if is_diffusers else TOKENIZER_FOLDER))
     for path, scale in loras:
         with collect(source.faults):
-            source.loras.append(open_lora(path, scale, lora_alpha))
+            source.loras.append(open_lora(hub.file(path), scale, lora_alpha))
+    source.faults += [fault for lora in source.loras for fault in lora.faults]
+    if lora_alpha is not None and all(lora.says_alpha for lora in source.loras):
+        source.faults.append("--lora-alpha is for LoRAs that do not say their alpha, and there is none; leave it out")
     return source
 
 
@@ -204,6 +228,26 @@ def open_diffusers(source: Source, folder: Path, *, transformer: bool) -> dict[s
     return settings
 
 
+def find_wan(folder: str | Path, with_dit: bool) -> Path:
+    """The Wan or diffusers folder: a path, or a hub id of which only the files that are converted are downloaded."""
+    dit = [DIT_NAME, DIT_NAME + ".index.json", DIT_NAME.replace(".", "-*-of-*.")] if with_dit else []
+    tokenizer = [f"{TOKENIZER_FOLDER}/{name}" for name in TOKENIZER_NAMES]
+
+    def complete(snapshot: Path) -> bool:
+        if diffusers.is_folder(snapshot):
+            return diffusers.is_complete(snapshot, with_dit)
+        if with_dit:
+            try:
+                open_weights(snapshot / DIT_NAME)
+            except UserError:
+                return False
+        needed = (["config.json"], VAE_NAMES, TEXT_NAMES, tokenizer)
+        return all(any((snapshot / name).is_file() for name in names) for names in needed)
+
+    original = ["config.json", *dit, *VAE_NAMES, *TEXT_NAMES, *tokenizer]
+    return hub.folder(folder, [*original, *diffusers.patterns(with_dit)], complete)
+
+
 def first_of(folder: Path, names: Sequence[str]) -> Path:
     """The first of the names that is there; if none is, the first name, which the message will then tell."""
     return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
@@ -211,7 +255,7 @@ def first_of(folder: Path, names: Sequence[str]) -> Path:
 
 def open_tokenizer(source: Source, folder: Path) -> None:
     """The tokeniser of the Wan folder, if there is one; its ids must be rows of the text encoder."""
-    files = [folder / name for name in ("tokenizer.json", "spiece.model") if (folder / name).is_file()]
+    files = [folder / name for name in TOKENIZER_NAMES if (folder / name).is_file()]
     if not files:
         source.warnings.append(f"no tokeniser: {folder}/tokenizer.json is missing, so prompts cannot be read")
         return
@@ -233,7 +277,7 @@ def plan(source: Source, part: str, cfg: Any, dtype: Any) -> list[LazyTensor]:
     """What to write for a part; differences between its file and the table are noted as faults."""
     reader, loras = source.readers[part], source.loras if part == "transformer" else []
     ours = checkpoint.tensor_shapes(part, cfg)
-    table = source.tables[part](cfg)
+    table = source.planned[part] = source.tables[part](cfg)
     original = {row.ours: row.torch for row in tables.WAN[part](cfg).rows}  # LoRAs go by the original names
     torch_shapes = table.torch_shapes(ours)
     source.faults += compare_shapes(reader.where, torch_shapes, reader.shapes)
@@ -255,19 +299,34 @@ def plan(source: Source, part: str, cfg: Any, dtype: Any) -> list[LazyTensor]:
 # MARK: reporting
 
 
-def describe(source: Source, dtype: str, lora_alpha: float | None) -> dict[str, Any]:
+def compare_layers(source: Source, written: Path) -> dict[str, Any] | None:
+    """The report of `layers` on all parts; None, and a warning, without PyTorch."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        source.warnings.append('only checksums were compared; for layers too: pip install "longlive-jax[convert]"')
+        return None
+    differences = []
+    for part, table in source.planned.items():
+        files = SafetensorsPart.open(written / f"{part}.safetensors")
+        eps = getattr(source.configs[part], "eps", 0.0)  # the VAE's norms have none
+        loras = source.loras if part == "transformer" else []
+        original = {row.ours: row.torch for row in tables.WAN[part](source.configs[part]).rows}
+        differences += layers.compare(table, source.readers[part], files, eps, loras, original)
+    return layers.report(differences)
+
+
+def describe(source: Source, dtype: str) -> dict[str, Any]:
     """What config.json says about where the weights come from."""
     return {
-        "sources": [
-            {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in source.paths
-        ],
+        "sources": [source_report(path) for path in source.paths],
         "transformer": Path(source.readers["transformer"].where).name,
         "loras": [
             {
                 "file": lora.reader.paths[0].name,
                 "scale": lora.scale,
-                "rank": lora.rank,
-                "alpha": lora.rank if lora_alpha is None else lora_alpha,
+                "rank": one_or_all(lora.ranks),
+                "alpha": one_or_all(lora.alpha_values),
                 "weights": len(lora.sides),
             }
             for lora in source.loras
@@ -276,9 +335,16 @@ def describe(source: Source, dtype: str, lora_alpha: float | None) -> dict[str, 
     }
 
 
-def file_sha256(path: Path) -> str:
+def one_or_all(values: list) -> Any:
+    return values[0] if len(values) == 1 else values
+
+
+def source_report(path: Path) -> dict[str, Any]:
+    """A file's name, size, sha256 and, if it is from the hub, its repository and revision."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    hub_id = {"hub": origin} if (origin := hub.origin(path)) else {}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest, **hub_id}
 
 
 def part_report(tensors: Sequence[LazyTensor], hashes: dict[str, str]) -> dict[str, Any]:
@@ -288,8 +354,12 @@ def part_report(tensors: Sequence[LazyTensor], hashes: dict[str, str]) -> dict[s
     return {"tensors": len(tensors), "parameters": parameters, "bytes": total, "sha256": hashes}
 
 
-def summary(parts: dict[str, dict[str, Any]], provenance: dict[str, Any], verified: bool) -> str:
+def summary(report: dict[str, Any]) -> str:
     """The report in a line."""
-    sizes = ", ".join(f"{part.replace('_', ' ')} {values['parameters'] / 1e6:,.1f} M" for part, values in parts.items())
-    loras = f", {len(provenance['loras'])} LoRA merged" if provenance["loras"] else ""
-    return f"{sizes} parameters in {provenance['dtype']}{loras}{', verified' if verified else ''}"
+    parts = report["parts"].items()
+    sizes = ", ".join(f"{part.replace('_', ' ')} {values['parameters'] / 1e6:,.1f} M" for part, values in parts)
+    loras = f", {len(report['loras'])} LoRA merged" if report["loras"] else ""
+    verified = ", verified" if report["verified"] else ""
+    if report["layers"]:
+        verified += f" with {sum(kind['modules'] for kind in report['layers'].values())} layers in PyTorch"
+    return f"{sizes} parameters in {report['dtype']}{loras}{verified}"

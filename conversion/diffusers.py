@@ -105,6 +105,26 @@ def is_folder(folder: Path) -> bool:
     return (folder / INDEX).is_file() or (folder / "transformer" / "config.json").is_file()
 
 
+def patterns(with_transformer: bool) -> list[str]:
+    """The files of a hub repository that a conversion reads."""
+    parts = [part for part in WEIGHTS if with_transformer or part != "transformer"]
+    weights = [f"{part}/{WEIGHTS[part]}{end}" for part in parts for end in (".safetensors*", "-*-of-*.safetensors")]
+    names = [INDEX, *(f"{part}/config.json" for part in WEIGHTS), "tokenizer/tokenizer.json", "tokenizer/spiece.model"]
+    return names + weights
+
+
+def is_complete(folder: Path, with_transformer: bool) -> bool:
+    """Whether all parts of a pipeline are in a folder, text encoder and tokeniser included."""
+    try:
+        for part, name in WEIGHTS.items():
+            read_json(folder / part / "config.json")
+            if with_transformer or part != "transformer":
+                open_weights(folder / part / f"{name}.safetensors")
+    except UserError:
+        return False
+    return any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "spiece.model"))
+
+
 def check_index(folder: Path) -> None:
     """Refuses the folders of other pipelines, such as Wan 2.2's with its two transformers."""
     if not (folder / INDEX).is_file():

@@ -83,7 +83,7 @@ def export(
     report = {part: part_report(tensors, hashes[part]) for part, tensors in plan.items()}
     written = " and ".join(sorted({str(np.dtype(tensor.dtype)) for tensors in plan.values() for tensor in tensors}))
     return {
-        "summary": summary(report, {"dtype": written, "loras": []}, False),
+        "summary": summary({"parts": report, "dtype": written, "loras": [], "verified": False, "layers": None}),
         "output": str(output),
         "parts": report,
         "warnings": missing(config, tokenizer) + extras.warnings(config, to),

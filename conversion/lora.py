@@ -1,24 +1,51 @@
 """LoRA files, and merging them into the transformer's weights while these are converted.
 
-W += (alpha / rank) scale B A, in float32. peft does not write alpha into its file; it is the rank unless told.
+W += (alpha / rank) scale B A, in float32. alpha is the file's: a tensor beside each pair (kohya, ComfyUI), or the
+lora_alpha that peft and diffusers write into adapter_config.json or the header. A file without it gets the alpha it is
+opened with, else its rank.
+
+Three namings are known, each with the DiT's original module names or diffusers':
+
+    base_model.model.blocks.0.self_attn.q.lora_A.weight     peft, LongLive's `generator_lora`
+    transformer.blocks.0.attn1.to_q.lora_A.weight           diffusers; diffusion_model.blocks.0.... is ComfyUI's
+    lora_unet_blocks_0_self_attn_q.lora_down.weight         kohya
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from longlive_jax.conversion.readers import Reader, open_weights
+from longlive_jax.conversion.tables import DIFFUSERS_TRANSFORMER_NAMES
 from longlive_jax.errors import UserError
 
 LORA_KEYS = ("generator_lora",)
 """Entries of a LongLive file that hold a LoRA for the generator."""
 
-PEFT = re.compile(r"^(?:base_model\.)?(?:model\.)*(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
+SIDES = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
+"""What people call the two matrices: A is [rank, in], B is [out, rank]."""
+
+TENSOR = re.compile(
+    rf"^(?P<module>.+)\.(?:(?P<side>{'|'.join(map(re.escape, SIDES))})(?:\.\w+)?\.weight|(?P<alpha>alpha))$"
+)
+PREFIXES = re.compile(r"^(?:base_model\.|model\.|diffusion_model\.|transformer\.|unet\.|lora_unet_|lora_transformer_)+")
+LAYER = re.compile(r"^blocks([._])(\d+)\1")
+
+MODULES = {
+    spelled: original
+    for diffusers, original in DIFFUSERS_TRANSFORMER_NAMES.items()
+    for name in (diffusers, original)
+    for spelled in (name, name.replace(".", "_"))
+}
+"""Original name of a module, `{i}` for the layer, by every way to write it; kohya's has `_` for every dot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,58 +55,118 @@ class Lora:
     Attributes:
       reader: where its tensors are.
       sides: (name of A, name of B) for each weight, by the weight's original name.
+      alphas: of each weight whose alpha is not its rank.
+      says_alpha: whether the file itself has an alpha for every weight.
       scale: how strongly it is applied.
-      alpha: peft's alpha; None for the rank.
+      faults: what keeps it from being used, whatever the transformer.
     """
 
     reader: Reader
     sides: dict[str, tuple[str, str]]
+    alphas: dict[str, float]
+    says_alpha: bool
     scale: float
-    alpha: float | None
+    faults: list[str]
 
     @property
-    def rank(self) -> int:
-        return self.reader.shapes[next(iter(self.sides.values()))[0]][0]
+    def ranks(self) -> list[int]:
+        return sorted({self._rank(weight) for weight in self.sides})
 
-    def delta(self, weight: str) -> np.ndarray | None:
-        """What is added to a weight, float32 [out, in]; None for weights it leaves alone."""
+    @property
+    def alpha_values(self) -> list[float]:
+        """The alphas in use, the file's or the ranks."""
+        return sorted({self.alphas.get(weight, self._rank(weight)) for weight in self.sides})
+
+    def _rank(self, weight: str) -> int:
+        return self.reader.shapes[self.sides[weight][0]][0]
+
+    def factors(self, weight: str) -> tuple[np.float32, np.ndarray, np.ndarray] | None:
+        """(alpha / rank) scale, B [out, rank] and A [rank, in], float32; None for weights it leaves alone."""
         if weight not in self.sides:
             return None
         a, b = (self.reader.read(name).astype(np.float32) for name in self.sides[weight])
-        alpha = a.shape[0] if self.alpha is None else self.alpha
-        return np.float32(alpha / a.shape[0] * self.scale) * (b @ a)
+        return np.float32(self.alphas.get(weight, a.shape[0]) / a.shape[0] * self.scale), b, a
 
 
 def open_lora(path: str | Path, scale: float = 1.0, alpha: float | None = None) -> Lora:
-    """Opens a LoRA with peft's names: a `lora.pt` with `generator_lora`, or a file that is the bare dict.
+    """Opens a LoRA: a LongLive `lora.pt` with `generator_lora`, or a file that is the bare dict.
+
+    Args:
+      path: the file.
+      scale: how strongly it is applied.
+      alpha: of the weights without an alpha tensor; by default what peft or diffusers noted, else their rank.
 
     Raises:
-      UserError: the file cannot be read, has tensors that are no LoRA's, or lacks one half of a pair.
+      UserError: the file cannot be read or is empty. All else that is wrong with it is in `faults`.
     """
     reader = open_weights(path, keys=LORA_KEYS)
-    halves: dict[str, dict[str, str]] = {}
-    odd = []
-    for name in reader.shapes:
-        match = PEFT.match(name)
-        if match and len(reader.shapes[name]) == 2:
-            halves.setdefault(f"{match['module']}.weight", {})[match["side"]] = name
-        else:
-            odd.append(name)
-    if odd:
-        raise UserError(f"{reader.where} has {', '.join(odd)}, which are no LoRA matrices by peft's names")
-    if not halves:
+    if not reader.shapes:
         raise UserError(f"{reader.where} is an empty LoRA; choose another file")
-    single = [f"{weight} (only lora_{next(iter(sides))})" for weight, sides in halves.items() if len(sides) == 1]
+    halves: dict[str, dict[str, str]] = {}
+    odd, faults = [], []
+    for name, shape in reader.shapes.items():
+        match = TENSOR.match(name)
+        side = match and ("alpha" if match["alpha"] else SIDES[match["side"]])
+        if not match or (math.prod(shape) != 1 if side == "alpha" else len(shape) != 2):
+            odd.append(name)
+            continue
+        pair = halves.setdefault(f"{original_module(match['module'])}.weight", {})
+        if side in pair:
+            faults.append(f"{reader.where} has both {pair[side]} and {name}, which are the same tensor; remove one")
+        pair[side] = name
+    if odd:
+        faults.append(f"{reader.where} has {', '.join(odd)}, which are no LoRA matrices by any known naming")
+    single = [
+        f"{weight} (only {', '.join(names.values())})" for weight, names in halves.items() if not {"A", "B"} <= {*names}
+    ]
     if single:
-        raise UserError(f"{reader.where} has half a pair for {', '.join(single)}; copy or download it again")
-    return Lora(reader, {weight: (sides["A"], sides["B"]) for weight, sides in halves.items()}, scale, alpha)
+        faults.append(f"{reader.where} has half a pair for {', '.join(single)}; copy or download it again")
+    sides = {weight: (names["A"], names["B"]) for weight, names in halves.items() if {"A", "B"} <= {*names}}
+    alphas, settings = {}, _settings(reader)
+    for weight in sides:
+        if "alpha" in halves[weight]:
+            alphas[weight] = float(reader.read(halves[weight]["alpha"]).astype(np.float64).reshape(()))
+        elif alpha is not None or "lora_alpha" in settings:
+            alphas[weight] = float(settings["lora_alpha"] if alpha is None else alpha)
+    says_alpha = "lora_alpha" in settings or all("alpha" in halves[weight] for weight in sides)
+    if reader.paths[0].stem == "adapter_model" and not says_alpha and alpha is None:
+        faults.append(f"{reader.where} has no adapter_config.json beside it; copy it there, or give --lora-alpha")
+    unsupported = [key for key in ("alpha_pattern", "use_rslora", "use_dora") if settings.get(key)]
+    if unsupported:
+        faults.append(f"{reader.where} is made with {', '.join(unsupported)}, which is not supported")
+    if not all(math.isfinite(value) for value in (scale, *alphas.values())):
+        faults.append(f"{reader.where}: scale {scale} or an alpha is not a finite number")
+    return Lora(reader, sides, alphas, says_alpha, scale, faults)
+
+
+def original_module(name: str) -> str:
+    """The original name of a module, from any of the namings; a name not of the DiT without its prefix."""
+    name = PREFIXES.sub("", name)
+    layer = LAYER.match(name)
+    pattern = name if layer is None else f"blocks{layer[1]}{{i}}{layer[1]}{name[layer.end() :]}"
+    return MODULES[pattern].format(i=layer and layer[2]) if pattern in MODULES else name
+
+
+def _settings(reader: Reader) -> dict[str, Any]:
+    """What peft or diffusers note about a LoRA besides its tensors: adapter_config.json, or a part of the header."""
+    path, where = reader.paths[0], f"the header of {reader.paths[0]}"
+    text = reader.metadata.get("lora_adapter_metadata", "{}")
+    config = path.with_name("adapter_config.json")
+    try:
+        if path.name.startswith("adapter_model.") and config.is_file():
+            where, text = str(config), config.read_text("utf-8")
+        settings = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
+        float(settings.get("lora_alpha", 1))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where} does not say how the LoRA was made ({error}); copy or download it again") from error
+    return settings
 
 
 def lora_faults(lora: Lora, weights: dict[str, tuple[int, ...]]) -> list[str]:
     """What keeps a LoRA from being merged into the weights of these names and torch shapes."""
     where, shapes = lora.reader.where, lora.reader.shapes
     unknown = [weight for weight in lora.sides if weight not in weights]
-    if len(unknown) == len(lora.sides):
+    if lora.sides and len(unknown) == len(lora.sides):
         return [f"{where} matches nothing in the transformer (it changes {', '.join(unknown)}); use one made for it"]
     faults = [f"{where} changes {', '.join(unknown)}, which the transformer does not have"] if unknown else []
     for weight, (a, b) in lora.sides.items():
@@ -93,5 +180,5 @@ def lora_faults(lora: Lora, weights: dict[str, tuple[int, ...]]) -> list[str]:
 
 def merge(weight: str, values: np.ndarray, loras: Sequence[Lora]) -> np.ndarray:
     """A weight with all LoRAs added, float32; untouched if none changes it."""
-    deltas = [delta for lora in loras if (delta := lora.delta(weight)) is not None]
-    return values.astype(np.float32) + sum(deltas) if deltas else values
+    changes = [factors for lora in loras if (factors := lora.factors(weight)) is not None]
+    return values.astype(np.float32) + sum(scale * (b @ a) for scale, b, a in changes) if changes else values

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,10 @@ WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_ori
 UNSAFE = ("GLOBAL", "unrecognized function")
 """In the messages of torch's weights-only loader: the pickle asks for something other than tensors and containers."""
 
-PREFIXES = re.compile(r"^(?:model\.|module\.)+")
+PREFIXES = re.compile(r"^(?:model\.|module\.|diffusion_model\.)+")
+
+MAPPED_BYTES = 64 * 2**20
+"""So much of a mapped file may be read before it is mapped anew, which costs a tenth of a second."""
 
 
 class Reader(Protocol):
@@ -36,10 +39,12 @@ class Reader(Protocol):
       where: the file, for messages.
       paths: every file read from.
       shapes, dtypes: of each tensor, by its plain name.
+      metadata: free text by name, if the format has any.
     """
 
     where: str
     paths: list[Path]
+    metadata: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
 
@@ -58,6 +63,7 @@ class SafetensorsReader:
         self._names = plain_names(part.shapes, self.where)
         self.shapes = {name: part.shapes[stored] for name, stored in self._names.items()}
         self.dtypes = {name: part.dtypes[stored] for name, stored in self._names.items()}
+        self.metadata = part.files[0].metadata if part.files else {}
         self._part = part
 
     def read(self, name: str) -> np.ndarray:
@@ -65,9 +71,19 @@ class SafetensorsReader:
 
 
 class TorchReader:
-    """A dict of tensors out of a `.pt` or `.pth` file; mapped from disk, unless the file has the old layout."""
+    """A dict of tensors out of a `.pt` or `.pth` file; mapped from disk, unless the file has the old layout.
 
-    def __init__(self, path: Path, tensors: dict[str, Any], where: str):
+    Pages of a mapped file count as memory in use for as long as the mapping lives, so a file is mapped anew every
+    `MAPPED_BYTES`: what has been read stays no longer than the arrays the caller holds.
+
+    Args:
+      path: the file.
+      tensors: its dict.
+      where: for messages.
+      reopen: maps the file again and gives the same dict; None if the tensors are in memory anyway.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, Any], where: str, reopen: Callable[[], dict[str, Any]] | None):
         import torch
 
         wrong = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
@@ -76,13 +92,18 @@ class TorchReader:
             raise UserError(f"{where} holds more than plain tensors: {', '.join(wrong)}; save the state dict alone")
         self.where = where
         self.paths = [path]
+        self.metadata: dict[str, str] = {}
         self._names = plain_names(tensors, where)
-        self._tensors = {name: tensors[stored] for name, stored in self._names.items()}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        self.dtypes = {name: _numpy_dtype(tensor.dtype) for name, tensor in self._tensors.items()}
+        self._tensors = tensors
+        self._reopen, self._read = reopen, 0
+        self.shapes = {name: tuple(tensors[stored].shape) for name, stored in self._names.items()}
+        self.dtypes = {name: _numpy_dtype(tensors[stored].dtype) for name, stored in self._names.items()}
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name].detach().contiguous()
+        if self._reopen is not None and self._read > MAPPED_BYTES:
+            self._tensors, self._read = self._reopen(), 0
+        tensor = self._tensors[self._names[name]].detach().contiguous()
+        self._read += tensor.nbytes
         dtype = self.dtypes[name]
         if dtype == ml_dtypes.bfloat16:  # torch cannot hand this type to numpy; the bits go over as integers
             import torch
@@ -118,7 +139,7 @@ def open_weights(path: str | Path, key: str | None = None, *, keys: tuple[str, .
     """Opens a file of weights.
 
     Args:
-      path: `.safetensors` (or where it would be, with an index beside it), `.pt` or `.pth`.
+      path: `.safetensors` (or where it would be, with an index beside it; or that index), `.pt` or `.pth`.
       key: the entry of a `.pt` dict that holds the tensors; must be there if given.
       keys: entries tried in this order when no key is given; else the file itself must be the dict of tensors.
 
@@ -126,13 +147,16 @@ def open_weights(path: str | Path, key: str | None = None, *, keys: tuple[str, .
       UserError: the file is missing, damaged, unsafe, or has no such entry.
     """
     path = Path(path)
+    if path.name.endswith(".safetensors.index.json"):
+        path = path.with_name(path.name.removesuffix(".index.json"))
     if path.suffix == ".safetensors":
         if key is not None:
             raise UserError(f"{path} has no entries to choose from, only tensors; leave out the key '{key}'")
         return SafetensorsReader(path)
     loaded = load_pickle(path)
     found, tensors = choose(loaded, key, keys, str(path))
-    return TorchReader(path, tensors, f"{path} [{found}]" if found else str(path))
+    reopen = (lambda: load_pickle(path)[found] if found else load_pickle(path)) if is_zip(path) else None
+    return TorchReader(path, tensors, f"{path} [{found}]" if found else str(path), reopen)
 
 
 def choose(loaded: Any, key: str | None, keys: tuple[str, ...], where: str) -> tuple[str | None, dict[str, Any]]:
@@ -154,13 +178,18 @@ def choose(loaded: Any, key: str | None, keys: tuple[str, ...], where: str) -> t
     return None, loaded
 
 
+def is_zip(path: Path) -> bool:
+    """Whether a PyTorch file can be mapped: files of torch before 1.6 are no zip archives and cannot."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def load_pickle(path: Path) -> Any:
     """A PyTorch file by the weights-only loader; every way it can fail is one line."""
     if path.suffix not in (".pt", ".pth", ".bin"):
         raise UserError(f"{path}: only .safetensors, .pt, .pth and .bin files hold weights")
     try:
-        with open(path, "rb") as file:
-            start = file.read(4)
+        mapped = is_zip(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:
@@ -170,8 +199,7 @@ def load_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice to its own users
-            # Files of torch before 1.6 are no zip archives and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=start == b"PK\x03\x04")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if any(sign in str(error) for sign in UNSAFE):
             raise UserError(

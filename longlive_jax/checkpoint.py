@@ -234,6 +234,7 @@ def save(
     dtype: Any = None,
     overwrite: bool = False,
     verify_written: bool = False,
+    finish: Callable[[Path, dict[str, dict[str, str]]], None] | None = None,
     shard_bytes: int | None = None,
 ) -> dict[str, dict[str, str]]:
     """Writes a checkpoint folder: all of it or, on any error, nothing.
@@ -248,6 +249,8 @@ def save(
       dtype: floating-point parameters of nested dicts are cast to it; None for as they are.
       overwrite: replace a checkpoint that is there.
       verify_written: read everything back before the folder gets its name.
+      finish: called with the complete folder and the hashes before it gets its name; may add files, or refuse it by an
+        error.
       shard_bytes: size of a shard; `SHARD_BYTES` by default.
 
     Returns:
@@ -274,6 +277,8 @@ def save(
             tokenizer.save(new)
         if verify_written:
             verify(new, hashes)
+        if finish is not None:
+            finish(new, hashes)
     return hashes
 
 

@@ -7,8 +7,10 @@ optimisations, which nearly halves the time of a test run. Both are set here, be
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
+from pathlib import Path
 
 import jaxtyping
 
@@ -87,3 +89,24 @@ def tiny_checkpoint(tiny_config, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_checkpoint) -> LongLivePipeline:
     return LongLivePipeline.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture
+def hub_cache(tmp_path):
+    """Puts a folder or file into a hub cache, in its layout: blobs, refs, and a snapshot of links."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+
+    def put(repo: str, source: Path, name: str | None = None) -> Path:
+        root = tmp_path / "home/hub" / f"models--{repo.replace('/', '--')}"
+        (root / "blobs").mkdir(parents=True, exist_ok=True)
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs/main").write_text(revision)
+        for path in [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]:
+            blob = root / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+            path.replace(blob)
+            link = root / "snapshots" / revision / (name or path.relative_to(source))
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)
+        return root / "snapshots" / revision
+
+    return put

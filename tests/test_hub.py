@@ -1,8 +1,10 @@
 """Finding a checkpoint: folders, shipped names, and hub ids from a cache on the disk. Nothing goes to the network."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -100,3 +102,86 @@ def test_a_hub_id_that_is_not_in_the_cache_and_no_network(tmp_path):
 def test_an_id_that_the_hub_cannot_have(tmp_path):
     answer = find_offline("owner/-none", tmp_path)
     assert answer.startswith("refused: cannot get checkpoint 'owner/-none'") and len(answer.splitlines()) == 1
+
+
+# MARK: files of other people
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """The cache of `hub_cache`, an empty current folder, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home/hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def put(hub_cache, tmp_path, repo, *names):
+    for name in names:
+        (tmp_path / "file").write_text(name)
+        snapshot = hub_cache(repo, tmp_path / "file", name)
+    return snapshot
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["lora.pt", "loras/lora.pt", "./a/b/lora.pt", "../a/b/lora.pt", "/a/b/lora.pt", "here/is/lora.pt", "a b/c/d"],
+)
+def test_a_file_that_is_a_path(offline, path, tmp_path):
+    (tmp_path / "here/here/is").mkdir(parents=True)
+    assert hub.file(path) == Path(path)
+    assert hub.file(Path("owner/name/lora.pt")) == Path("owner/name/lora.pt")
+
+
+def test_a_file_of_a_repository(offline, hub_cache, tmp_path):
+    snapshot = put(hub_cache, tmp_path, "org/long", "models/base.pt", "lora.pt")
+    assert hub.file("org/long/models/base.pt") == snapshot / "models/base.pt"
+    assert hub.origin(snapshot / "models/base.pt") == f"org/long@{snapshot.name}"
+    assert hub.origin(tmp_path / "base.pt") is None
+    with pytest.raises(UserError, match="^cannot get 'org/long/none.pt' from the hub: .*; check the id"):
+        hub.file("org/long/none.pt")
+    with pytest.raises(UserError, match="^cannot get 'org/-bad' from the hub: "):
+        hub.file("org/-bad/lora.safetensors")
+    (tmp_path / "here/org/long").mkdir(parents=True)  # from here on it is a folder on the disk
+    assert hub.file("org/long/lora.pt") == Path("org/long/lora.pt")
+
+
+def test_the_only_weights_of_a_repository(offline, hub_cache, tmp_path):
+    snapshot = put(hub_cache, tmp_path, "org/lora", "README.md", "lora.safetensors")
+    assert hub.file("org/lora") == snapshot / "lora.safetensors"
+    put(hub_cache, tmp_path, "org/two", "a.pt", "b.pt")
+    with pytest.raises(UserError, match=r"'org/two' has 2 files of weights; name one: org/two/a.pt\|b.pt"):
+        hub.file("org/two")
+    with pytest.raises(UserError, match="cannot get 'org/none' from the hub"):
+        hub.file("org/none")
+
+
+def test_a_sharded_file_of_a_repository(offline, hub_cache, tmp_path):
+    index = json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}})
+    (tmp_path / "index").write_text(index)
+    snapshot = hub_cache("org/big", tmp_path / "index", "dit/m.safetensors.index.json")
+    put(hub_cache, tmp_path, "org/big", "dit/m-1.safetensors")
+    with pytest.raises(UserError, match="cannot get 'org/big/dit/m-2.safetensors'"):
+        hub.file("org/big/dit/m.safetensors")
+    put(hub_cache, tmp_path, "org/big", "dit/m-2.safetensors")
+    assert hub.file("org/big/dit/m.safetensors") == snapshot / "dit/m.safetensors"
+
+
+def test_only_what_is_needed_is_downloaded(offline, hub_cache, tmp_path, monkeypatch):
+    """And nothing is asked of the hub when the cache has it all."""
+    snapshot = put(hub_cache, tmp_path, "org/wan", "config.json")
+    asked = []
+
+    def download(repo, **kwargs):
+        if kwargs.get("local_files_only"):
+            return str(snapshot)
+        asked.append((repo, kwargs["allow_patterns"]))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert hub.folder("org/wan", ["config.json"], lambda folder: (folder / "config.json").exists()) == snapshot
+    assert asked == []
+    assert hub.folder("org/wan", ["*.pth"], lambda folder: False) == snapshot
+    assert asked == [("org/wan", ["*.pth"])]
+    assert hub.folder(str(tmp_path), ["*"], lambda folder: False) == tmp_path
+    assert len(asked) == 1

@@ -17,21 +17,22 @@ class Convert:
 
     Attributes:
       output: the folder to write.
-      wan: folder of Wan's original files (config.json, DiT, VAE, text encoder, tokeniser) or of diffusers' WanPipeline.
-      generator: LongLive's or Self-Forcing's .pt whose DiT replaces Wan's.
+      wan: folder of Wan's original files (config.json, DiT, VAE, text encoder, tokeniser) or of diffusers' WanPipeline,
+        or the hub id owner/name of one.
+      generator: LongLive's or Self-Forcing's .pt whose DiT replaces Wan's; on the hub owner/name/path/to/file.
       generator_key: which entry of that file: generator, generator_ema or model; the first present by default.
-      lora: LoRA files to merge, each FILE or FILE:scale.
-      lora_alpha: alpha of the LoRAs (it is not in the file); their rank by default.
+      lora: LoRA files to merge, each FILE or FILE:scale, with the names of peft, diffusers, ComfyUI or kohya.
+      lora_alpha: alpha of the LoRAs that have none in the file; their rank by default.
       checkpoint: a checkpoint folder to convert back.
       to: what to: torch (LongLive's and Wan's own files) or diffusers.
       dtype: of the tensors written, bfloat16 or float32; bfloat16 by default, on the way back as stored.
-      verify: read everything back and compare it with the source.
+      verify: read everything back, compare checksums and, with PyTorch, the numbers of each layer with the source's.
       overwrite: replace an output that exists.
     """
 
     output: Path
-    wan: Path | None = None
-    generator: Path | None = None
+    wan: str | None = None
+    generator: str | None = None
     generator_key: str | None = None
     lora: tuple[str, ...] = ()
     lora_alpha: float | None = None
@@ -89,14 +90,14 @@ class Convert:
         return export(hub.find(self.checkpoint), self.output, self.to, dtype=self.dtype, overwrite=self.overwrite)
 
 
-def parse_lora(text: str) -> tuple[Path, float]:
+def parse_lora(text: str) -> tuple[str, float]:
     """FILE or FILE:scale."""
     path, colon, scale = text.rpartition(":")
     if not colon:
-        return Path(text), 1.0
+        return text, 1.0
     try:
-        return Path(path), float(scale)
+        return path, float(scale)
     except ValueError:
         if Path(text).exists():
-            return Path(text), 1.0
+            return text, 1.0
         raise UserError(f"--lora {text}: '{scale}' is not a scale; write FILE or FILE:0.8") from None

@@ -1,7 +1,12 @@
 """From a Wan folder to a checkpoint: what is written, what is refused, and that nothing is left of a refusal."""
 
+import dataclasses
 import json
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -11,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longlive_jax import checkpoint
-from longlive_jax.config import SamplerConfig
+from longlive_jax.config import SamplerConfig, TextEncoderConfig
+from longlive_jax.conversion import convert, tables
 from longlive_jax.conversion.convert import convert_wan
 from longlive_jax.errors import UserError
 from longlive_jax.tokenizer import PromptTokenizer, train_unigram
@@ -22,6 +28,18 @@ def message(*args, **kwargs) -> str:
         convert_wan(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def shard(tensors, folder):
+    """Writes a DiT as two shards and their index."""
+    names = list(tensors)
+    weight_map = {}
+    for number, chosen in enumerate((names[::2], names[1::2]), 1):
+        file = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in chosen}, folder / file)
+        weight_map.update(dict.fromkeys(chosen, file))
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
 
 
 def leaves(folder, part):
@@ -82,17 +100,28 @@ def test_a_folder_without_text_encoder_or_tokenizer(wan, tmp_path):
 
 def test_a_sharded_transformer(wan, tmp_path, states):
     (wan / "diffusion_pytorch_model.safetensors").unlink()
-    names = list(states["transformer"])
-    weight_map = {}
-    for number, chosen in enumerate((names[::2], names[1::2]), 1):
-        file = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
-        save_file({name: states["transformer"][name] for name in chosen}, wan / file)
-        weight_map.update(dict.fromkeys(chosen, file))
-    index = wan / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    shard(states["transformer"], wan)
     convert_wan(wan, tmp_path / "out", dtype="float32")
     kernel = checkpoint.load(tmp_path / "out", "transformer")["patch_embedding"]["kernel"]
     np.testing.assert_array_equal(kernel, states["transformer"]["patch_embedding.weight"].reshape(32, -1).T)
+
+
+def test_fourteen_billion_in_small(wan, tmp_path, configs, states):
+    """Nothing is assumed to be 1.3B: more layers, wider, other head count, in shards, half precision."""
+    (wan / "diffusion_pytorch_model.safetensors").unlink()
+    cfg = dataclasses.replace(configs["transformer"], dim=60, ffn_dim=52, num_layers=3, num_heads=5)
+    shapes = tables.WAN["transformer"](cfg).torch_shapes(checkpoint.tensor_shapes("transformer", cfg))
+    tensors = {name: torch.randn(shape).half() for name, shape in shapes.items()}
+    shard(tensors, wan)
+    settings = json.loads((wan / "config.json").read_text())
+    settings.update(dim=60, ffn_dim=52, num_layers=3, num_heads=5)
+    (wan / "config.json").write_text(json.dumps(settings))
+    report = convert_wan(wan, tmp_path / "out", verify=True)
+    assert checkpoint.load_config(tmp_path / "out").transformer == cfg
+    assert report["layers"]["linear"]["allowed"] > 1e-3  # bfloat16 cannot hold float16
+    assert [s["file"] for s in report["sources"]][:2] == [
+        f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)
+    ]
 
 
 # MARK: generator and LoRA
@@ -126,6 +155,48 @@ def test_lora_is_merged_before_the_cast(wan, tmp_path, states, lora):
     np.testing.assert_array_equal(blocks[1].astype(np.float32), untouched)
 
 
+@pytest.mark.parametrize("form", ["generator", "generator_ema", "bare", "safetensors"])
+def test_self_forcing_files(wan, tmp_path, states, form):
+    """`generator` goes before `generator_ema`; what else such a file has is left alone."""
+    tensors = {f"model.{name}": tensor + 1 for name, tensor in states["transformer"].items()}
+    other = {f"model.{name}": tensor - 1 for name, tensor in states["transformer"].items()}
+    path = tmp_path / ("dmd.safetensors" if form == "safetensors" else "dmd.pth")
+    if form == "safetensors":
+        save_file(tensors, path)
+    else:
+        entries = {"generator": {"generator": tensors, "generator_ema": other}, "generator_ema": {form: tensors}}
+        torch.save({"critic": other, "step": 9, **entries[form]} if form in entries else tensors, path)
+    convert_wan(wan, tmp_path / "out", generator=path, dtype="float32")
+    bias = checkpoint.load(tmp_path / "out", "transformer")["head"]["linear"]["bias"]
+    np.testing.assert_array_equal(bias, states["transformer"]["head.head.bias"] + 1)
+
+
+def test_user_loras_of_three_kinds(wan, tmp_path, states, lora):
+    torch.save({"generator_lora": lora}, tmp_path / "lora.pt")
+    name = "blocks.0.self_attn.q.weight"
+    a, b = (lora[f"base_model.model.blocks.0.self_attn.q.lora_{side}.weight"] for side in "AB")
+    kohya = {
+        "lora_unet_blocks_0_self_attn_q.lora_down.weight": a[:2].contiguous(),
+        "lora_unet_blocks_0_self_attn_q.lora_up.weight": b[:, :2].contiguous(),
+        "lora_unet_blocks_0_self_attn_q.alpha": torch.tensor(1.0),
+    }
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    diffusers = {f"transformer.blocks.0.attn1.to_q.lora_{side}.weight": t for side, t in (("A", a), ("B", b))}
+    save_file(diffusers, tmp_path / "diffusers.safetensors")
+    loras = [(tmp_path / "lora.pt", 1.0), (str(tmp_path / "kohya.safetensors"), 2.0)]
+    loras.append((tmp_path / "diffusers.safetensors", -0.5))
+    report = convert_wan(wan, tmp_path / "out", loras=loras, lora_alpha=8.0, dtype="float32", verify=True)
+    assert [(entry["rank"], entry["alpha"]) for entry in report["loras"]] == [(4, 8), (2, 1), (4, 8)]
+    merged = states["transformer"][name] + 2 * b @ a + b[:, :2] @ a[:2] - b @ a
+    kernel = checkpoint.load(tmp_path / "out", "transformer")["blocks"]["self_attn"]["q"]["kernel"][0]
+    np.testing.assert_allclose(kernel, merged.T, atol=1e-5)
+    assert report["layers"]["linear"]["worst"] < 1e-5
+    only = [(tmp_path / "kohya.safetensors", 1.0)]
+    assert "--lora-alpha is for LoRAs that do not say their alpha" in message(
+        wan, tmp_path / "two", loras=only, lora_alpha=1.0
+    )
+
+
 def test_lora_that_matches_nothing(wan, tmp_path, lora):
     torch.save({name.replace("blocks", "layers"): tensor for name, tensor in lora.items()}, tmp_path / "lora.pt")
     assert "matches nothing" in message(wan, tmp_path / "out", loras=[(tmp_path / "lora.pt", 1.0)])
@@ -147,8 +218,11 @@ def test_all_faults_at_once_and_nothing_written(wan, tmp_path, lora):
     del text_encoder["norm.weight"]
     torch.save(text_encoder, wan / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save({"generator_lora": {}}, tmp_path / "lora.pt")
+    half = {name: tensor[:, :-1] for name, tensor in lora.items() if "ffn.2.lora_A" not in name}
+    torch.save(half, tmp_path / "half.pt")
     before = sorted(tmp_path.iterdir())
-    text = message(wan, tmp_path / "out", loras=[(tmp_path / "lora.pt", 1.0), (tmp_path / "none.pt", 1.0)])
+    loras = [(tmp_path / name, 1.0) for name in ("lora.pt", "none.pt", "half.pt")]
+    text = message(wan, tmp_path / "out", loras=loras)
     for part in (
         "nothing was written",
         "lacks blocks.1.norm3.bias",
@@ -159,6 +233,8 @@ def test_all_faults_at_once_and_nothing_written(wan, tmp_path, lora):
         "lacks norm.weight",
         "lora.pt [generator_lora] is an empty LoRA",
         "none.pt: No such file",
+        "half.pt has half a pair for blocks.1.ffn.2.weight",
+        "half.pt: B [32, 3] times A [4, 31] does not fit blocks.0.self_attn.q.weight",
     ):
         assert part in text
     assert sorted(tmp_path.iterdir()) == before
@@ -224,3 +300,157 @@ def test_verify_finds_what_the_disk_lost(wan, tmp_path, monkeypatch):
     text = message(wan, tmp_path / "out", verify=True)
     assert "the disk did not keep what was written" in text
     assert [path.name for path in tmp_path.iterdir()] == ["wan"]
+
+
+# MARK: proof
+
+
+def test_the_report_in_the_folder(wan, tmp_path, states):
+    report = convert_wan(wan, tmp_path / "out", verify=True)
+    written = json.loads((tmp_path / "out/conversion.json").read_text())
+    assert written == {name: value for name, value in report.items() if name not in ("output", "warnings")}
+    assert str(tmp_path) not in (tmp_path / "out/conversion.json").read_text()
+    files = checkpoint.open_part(tmp_path / "out", "vae", checkpoint.load_config(tmp_path / "out").vae)
+    assert set(written["parts"]["vae"]["sha256"]) == set(files.shapes)
+    layers = written["layers"]
+    assert set(layers) == {
+        "linear", "patch_embedding", "point_convolution", "conv3d", "conv2d",
+        "rms_norm", "layer_norm", "channel_norm", "embedding", "parameter",
+    }  # fmt: skip
+    layer = lambda name: name.rpartition(".")[0] if name.endswith((".weight", ".bias", ".gamma")) else name
+    assert sum(kind["modules"] for kind in layers.values()) == sum(len(set(map(layer, s))) for s in states.values())
+    assert all(1e-5 < kind["allowed"] < 0.01 for name, kind in layers.items() if name != "embedding")
+    assert layers["embedding"]["worst"] == 0  # bfloat16 on both sides
+    assert all(0 < kind["worst"] < 0.004 for name, kind in layers.items() if name != "embedding")
+    assert checkpoint.check(tmp_path / "out")
+    exact = convert_wan(wan, tmp_path / "exact", dtype="float32", verify=True)
+    assert all(kind["worst"] < kind["allowed"] == 1e-5 for kind in exact["layers"].values())
+    assert convert_wan(wan, tmp_path / "quick")["layers"] is None
+
+
+MISTAKES = {
+    tables.LINEAR: lambda w: w.T if w.shape[0] == w.shape[1] else w,
+    tables.PATCHIFY: lambda w: w[::-1],
+    tables.POINT3D: lambda w: w[:, ::-1],
+    tables.CONV3D: lambda w: w[::-1],
+    tables.CONV2D: lambda w: w.swapaxes(0, 1),
+    tables.GAMMA3D: lambda w: w[::-1],
+    tables.ONE_FIRST: lambda w: w[::-1],
+    tables.SAME: lambda w: w[::-1],
+}
+"""In the layout of a tensor, such as no checksum or shape shows."""
+
+
+def test_verify_finds_wrong_layouts(wan, tmp_path, monkeypatch):
+    right = tables.Transform.to_ours
+
+    def to_ours(self, array, **sizes):
+        return MISTAKES.get(self, lambda w: w)(right(self, array, **sizes))
+
+    monkeypatch.setattr(tables.Transform, "to_ours", to_ours)
+    text = message(wan, tmp_path / "out", verify=True)
+    assert "converted layers differ from PyTorch's, nothing was written" in text
+    for kind in (
+        "linear", "patch_embedding", "point_convolution", "conv3d", "conv2d",
+        "rms_norm", "layer_norm", "channel_norm", "embedding", "parameter",
+    ):  # fmt: skip
+        assert f" {kind} layers (worst" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["wan"]
+
+
+def test_verify_finds_a_wrong_merge_and_what_is_no_number(wan, tmp_path, states, lora, monkeypatch):
+    torch.save(lora, tmp_path / "lora.pt")
+    right = convert.merge
+    monkeypatch.setattr(convert, "merge", lambda name, values, loras: right(name, values, loras * 2))
+    text = message(wan, tmp_path / "out", loras=[(tmp_path / "lora.pt", 1.0)], verify=True)
+    assert "2 of " in text and "linear layers (worst blocks." in text
+    monkeypatch.undo()
+    vae = {**states["vae"], "decoder.head.2.bias": torch.tensor([0.0, float("nan"), 0.0])}
+    torch.save(vae, wan / "Wan2.1_VAE.pth")
+    assert "1 of" in (text := message(wan, tmp_path / "out", verify=True))
+    assert "worst decoder.head.2: relative error nan" in text
+
+
+def test_verify_without_torch(wan, tmp_path, states, monkeypatch):
+    for part, name in (("vae", "Wan2.1_VAE"), ("text_encoder", "models_t5_umt5-xxl-enc-bf16")):
+        (wan / f"{name}.pth").unlink()
+        save_file(states[part], wan / f"{name}.safetensors")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    report = convert_wan(wan, tmp_path / "out", verify=True)
+    assert (report["verified"], report["layers"]) == (True, None)
+    assert "only checksums were compared" in report["warnings"][-1]
+    assert report["summary"].endswith("verified")
+
+
+MEMORY = """
+import sys
+from longlive_jax.conversion.convert import convert_wan
+def peak():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0]) / 1024
+for folder in sys.argv[1:]:
+    convert_wan(folder, folder + "-out", verify=True)
+    print(peak())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory in use is read from Linux's /proc")
+def test_a_large_file_does_not_count_as_memory(wan, tmp_path):
+    """A text encoder of 400 MB, its largest tensor 10 MB: beyond what a tiny one takes, less than a third of it."""
+    cfg = TextEncoderConfig(
+        vocab_size=90, dim=1024, attention_dim=1024, ffn_dim=2560, num_heads=4, num_layers=8
+    )  # fmt: skip
+    large = tmp_path / "large"
+    shutil.copytree(wan, large)
+    dit = load_file(large / "diffusion_pytorch_model.safetensors")
+    dit["text_embedding.0.weight"] = torch.randn(32, cfg.dim)
+    save_file(dit, large / "diffusion_pytorch_model.safetensors")
+    shapes = tables.WAN["text_encoder"](cfg).torch_shapes(checkpoint.tensor_shapes("text_encoder", cfg))
+    path = large / "models_t5_umt5-xxl-enc-bf16.pth"
+    torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, path)
+    megabytes = path.stat().st_size / 2**20
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(wan), str(large)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tiny, most = map(float, done.stdout.split())
+    print(f"file {megabytes:.0f} MB, peak {tiny:.0f} MB for a tiny one, {most:.0f} MB for this one")
+    assert most - tiny < megabytes / 3
+
+
+# MARK: from the hub
+
+OFFLINE = """
+import socket, sys
+def refuse(*_): raise AssertionError("the network was asked")
+if "online" in sys.argv:
+    socket.getaddrinfo = socket.socket.connect = refuse
+from longlive_jax.cli import main
+main([argument for argument in sys.argv[1:] if argument != "online"])
+"""
+
+
+@pytest.mark.parametrize("mode", ["HF_HUB_OFFLINE", "online"])
+def test_by_hub_ids_from_the_cache(wan, tmp_path, lora, states, hub_cache, mode):
+    """All three sources by id in a new process, without network: by HF_HUB_OFFLINE, or since all is on the disk."""
+    train_unigram(["a red square moves left"], 80).save(wan / "google/umt5-xxl")
+    torch.save({"generator": states["transformer"]}, tmp_path / "base.pt")
+    torch.save({"generator_lora": lora}, tmp_path / "lora.pt")
+    hub_cache("Wan-AI/Wan-tiny", wan)
+    hub_cache("org/long", tmp_path / "base.pt", "models/base.pt")
+    hub_cache("org/long", tmp_path / "lora.pt", "models/lora.pt")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_HOME": str(tmp_path / "home")}
+    if mode != "online":
+        environment["HF_HUB_OFFLINE"] = "1"
+    arguments = ["--wan", "Wan-AI/Wan-tiny", "--generator", "org/long/models/base.pt"]
+    arguments += ["--lora", "org/long/models/lora.pt:0.5", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-c", OFFLINE, "convert", *arguments, *(["online"] if mode == "online" else [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 LoRA merged" in done.stdout
+    provenance = checkpoint.load_provenance(tmp_path / "out")
+    assert [source["hub"].partition("@")[0] for source in provenance["sources"]] == [
+        "org/long", "Wan-AI/Wan-tiny", "Wan-AI/Wan-tiny", "org/long", "Wan-AI/Wan-tiny",
+    ]  # fmt: skip
+    assert provenance["sources"][0]["file"] == "base.pt"
+    assert provenance["loras"][0]["scale"] == 0.5
+    assert str(tmp_path) not in (tmp_path / "out/conversion.json").read_text()

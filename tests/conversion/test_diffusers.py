@@ -1,6 +1,7 @@
 """Folders of diffusers: as its own classes save them, in; and as they load them, out."""
 
 import json
+from fnmatch import fnmatch
 
 import jax.numpy as jnp
 import numpy as np
@@ -273,3 +274,17 @@ def test_without_text_encoder(folder, tmp_path):
     pipe = WanPipeline.from_pretrained(tmp_path / "back", text_encoder=None, tokenizer=None)
     assert pipe.text_encoder is None
     assert pipe.transformer.config.num_layers == 2
+
+
+def test_what_is_taken_from_the_hub(folder):
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    taken = {name for name in files if any(fnmatch(name, pattern) for pattern in diffusers.patterns(True))}
+    assert taken == files
+    rest = {name for name in files if any(fnmatch(name, pattern) for pattern in diffusers.patterns(False))}
+    assert {name for name in taken - rest} == {n for n in files if n.startswith("transformer/diffusion")}
+    assert diffusers.is_complete(folder, True)
+    next((folder / "transformer").glob("*-00001-of-*.safetensors")).unlink()
+    assert not diffusers.is_complete(folder, True)
+    assert diffusers.is_complete(folder, False)
+    (folder / "vae/config.json").unlink()
+    assert not diffusers.is_complete(folder, False)

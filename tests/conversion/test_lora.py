@@ -1,11 +1,14 @@
-"""LoRA files: merged as the formula says, and never half or in silence."""
+"""LoRA files: merged as the formula says, by any of the names people have, and never half or in silence."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from longlive_jax.conversion.lora import lora_faults, merge, open_lora
+from longlive_jax.conversion.lora import MODULES, lora_faults, merge, open_lora, original_module
+from longlive_jax.conversion.tables import DIFFUSERS_TRANSFORMER_NAMES, WAN_TRANSFORMER
 from longlive_jax.errors import UserError
 
 Q = "blocks.0.self_attn.q.weight"
@@ -21,7 +24,7 @@ def test_merge_is_the_formula(lora, states, weights, tmp_path):
     w = states["transformer"][Q].numpy()
     a, b = (lora[f"base_model.model.blocks.0.self_attn.q.lora_{side}.weight"].numpy() for side in "AB")
     one = open_lora(tmp_path / "lora.pt")
-    assert one.rank == 4
+    assert (one.ranks, one.alpha_values, one.faults) == ([4], [4], [])
     assert lora_faults(one, weights) == []
     np.testing.assert_allclose(merge(Q, w, [one]), w + b @ a, atol=1e-5)
     half = open_lora(tmp_path / "lora.pt", scale=0.5, alpha=16)
@@ -45,9 +48,117 @@ def test_names(lora, weights, tmp_path, form):
         assert lora_faults(found, weights) == []
 
 
-def faults(tensors, weights, tmp_path) -> str:
+# MARK: namings
+
+DOTTED = {
+    "blocks.0.self_attn.q": "blocks.0.attn1.to_q",
+    "blocks.0.cross_attn.o": "blocks.0.attn2.to_out.0",
+    "blocks.1.ffn.0": "blocks.1.ffn.net.0.proj",
+    "blocks.1.ffn.2": "blocks.1.ffn.net.2",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+}
+"""Some linear layers by their original name, and diffusers'."""
+
+NAMINGS = {
+    "peft": ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight", None),
+    "comfyui": ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight", "diffusion_model.{}.alpha"),
+    "comfyui peft": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight", None),
+    "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", None),
+    "diffusers old": ("transformer.{}.lora.down.weight", "transformer.{}.lora.up.weight", None),
+    "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight", "lora_unet_{}.alpha"),
+}
+
+
+@pytest.mark.parametrize("spelling", ["original", "diffusers"])
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_namings(naming, spelling, states, weights, tmp_path):
+    down, up, alpha = NAMINGS[naming]
+    generator = torch.Generator().manual_seed(2)
+    tensors, expected = {}, {}
+    for original, diffusers in DOTTED.items():
+        outer, inner = weights[f"{original}.weight"]
+        a, b = torch.randn(3, inner, generator=generator), torch.randn(outer, 3, generator=generator)
+        module = original if spelling == "original" else diffusers
+        module = module.replace(".", "_") if naming == "kohya" else module
+        tensors |= {down.format(module): a, up.format(module): b}
+        if alpha:
+            tensors[alpha.format(module)] = torch.tensor(6.0)
+        w = states["transformer"][f"{original}.weight"]
+        expected[f"{original}.weight"] = w + 0.5 * (2 if alpha else 1) * (b @ a)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    found = open_lora(tmp_path / "lora.safetensors", scale=0.5)
+    assert found.faults + lora_faults(found, weights) == []
+    assert set(found.sides) == set(expected)
+    assert (found.ranks, found.alpha_values, found.says_alpha) == ([3], [6.0 if alpha else 3], bool(alpha))
+    for name, values in expected.items():
+        np.testing.assert_allclose(merge(name, states["transformer"][name].numpy(), [found]), values, atol=1e-5)
+
+
+def test_every_module_has_a_diffusers_name():
+    """Both tables speak of the same modules, and no spelling means two of them."""
+    original = {row.torch.removesuffix(".weight").removesuffix(".bias") for row in WAN_TRANSFORMER}
+    assert set(DIFFUSERS_TRANSFORMER_NAMES.values()) == original
+    pairs = DIFFUSERS_TRANSFORMER_NAMES.items()
+    spellings = {(form(name), o) for d, o in pairs for name in (d, o) for form in (str, lambda n: n.replace(".", "_"))}
+    assert len(spellings) == len(MODULES)
+
+
+def test_diffusers_names_are_those_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=12, text_dim=4, freq_dim=4, ffn_dim=4, num_layers=2
+    )
+    theirs = {name.removesuffix(".weight").removesuffix(".bias") for name in model.state_dict()}
+    assert theirs == {name.format(i=i) for name in DIFFUSERS_TRANSFORMER_NAMES for i in range(2)}
+    assert all(original_module(name) in MODULES or "blocks" in original_module(name) for name in theirs)
+
+
+# MARK: alpha
+
+
+def test_alpha_of_each_weight(lora, states, weights, tmp_path):
+    """A weight with an alpha tensor has that; the others what was asked for, else their own rank."""
+    alpha = "base_model.model.blocks.0.self_attn.q.alpha"
+    torch.save({**lora, alpha: torch.tensor([1.0])}, tmp_path / "lora.pt")
+    w = states["transformer"][Q].numpy()
+    a, b = (lora[f"base_model.model.blocks.0.self_attn.q.lora_{side}.weight"].numpy() for side in "AB")
+    for asked, values in ((None, [1, 4]), (12.0, [1, 12])):
+        found = open_lora(tmp_path / "lora.pt", alpha=asked)
+        assert (found.alpha_values, found.says_alpha) == (values, False)
+        np.testing.assert_allclose(merge(Q, w, [found]), w + b @ a / 4, atol=1e-5)
+
+
+def test_alpha_that_diffusers_notes_in_the_header(lora, tmp_path):
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    tensors = {name.replace("base_model.model", "transformer"): t for name, t in lora.items()}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})})
+    found = open_lora(path)
+    assert (found.alpha_values, found.says_alpha, found.faults) == ([8], True, [])
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": "much"})})
+    with pytest.raises(UserError, match="the header of .* does not say how the LoRA was made"):
+        open_lora(path)
+
+
+def test_alpha_in_pefts_config(lora, tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(lora, path)
+    assert "no adapter_config.json beside it" in open_lora(path).faults[0]
+    assert open_lora(path, alpha=3).faults == []
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16, "use_rslora": False}))
+    assert open_lora(path).alpha_values == [16]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16, "use_rslora": True}))
+    assert "made with use_rslora, which is not supported" in open_lora(path).faults[0]
+
+
+# MARK: faults
+
+
+def faults(tensors, weights, tmp_path, **kwargs) -> str:
     torch.save(tensors, tmp_path / "lora.pt")
-    return "; ".join(lora_faults(open_lora(tmp_path / "lora.pt"), weights))
+    found = open_lora(tmp_path / "lora.pt", **kwargs)
+    return "; ".join(found.faults + lora_faults(found, weights))
 
 
 def test_it_must_match(lora, weights, tmp_path):
@@ -62,14 +173,34 @@ def test_it_must_match(lora, weights, tmp_path):
     assert f"does not fit {Q}" in faults(ranks, weights, tmp_path)
 
 
-def test_broken_files(lora, tmp_path):
+def test_all_faults_at_once(lora, weights, tmp_path):
+    tensors = {name: tensor for name, tensor in lora.items() if "ffn.2.lora_B" not in name}
+    text = faults(
+        {
+            **tensors,
+            "base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 31),
+            "lora_unet_blocks_0_self_attn_q.lora_up.weight": torch.ones(32, 4),
+            "blocks.0.self_attn.q.dora_scale": torch.ones(3),
+            "blocks.0.self_attn.k.alpha": torch.ones(2),
+            "blocks.0.self_attn.v.alpha": torch.ones(()),
+        },
+        weights,
+        tmp_path,
+        scale=float("nan"),
+    )
+    for part in (
+        "half a pair for blocks.1.ffn.2.weight (only base_model.model.blocks.1.ffn.2.lora_A.weight)",
+        "blocks.0.self_attn.v.weight (only blocks.0.self_attn.v.alpha)",
+        "has blocks.0.self_attn.q.dora_scale, blocks.0.self_attn.k.alpha, which are no LoRA matrices",
+        "lora_B.weight and lora_unet_blocks_0_self_attn_q.lora_up.weight, which are the same tensor",
+        f"times A [4, 31] does not fit {Q}",
+        "is not a finite number",
+    ):
+        assert part in text
+
+
+def test_files_without_a_lora(lora, tmp_path):
     path = tmp_path / "lora.pt"
-    torch.save({name: tensor for name, tensor in lora.items() if "ffn.2.lora_B" not in name}, path)
-    with pytest.raises(UserError, match=r"half a pair for blocks.1.ffn.2.weight \(only lora_A\)"):
-        open_lora(path)
-    torch.save({**lora, "blocks.0.self_attn.q.dora": torch.ones(3)}, path)
-    with pytest.raises(UserError, match="blocks.0.self_attn.q.dora, which are no LoRA matrices"):
-        open_lora(path)
     torch.save({"generator_lora": {}}, path)
     with pytest.raises(UserError, match="empty LoRA"):
         open_lora(path)

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longlive_jax.conversion.readers import GENERATOR_KEYS, open_weights
+from longlive_jax.conversion.readers import GENERATOR_KEYS, MAPPED_BYTES, open_weights
 from longlive_jax.errors import UserError
 
 TENSORS = {"blocks.0.weight": torch.arange(6.0).reshape(2, 3), "head.bias": torch.ones(3)}
@@ -57,6 +58,10 @@ def test_formats_and_dtypes(tmp_path, suffix, dtype):
         "model._fsdp_wrapped_module.{0}",
         "model._fsdp_wrapped_module.blocks._checkpoint_wrapped_module.{1}",
         "_orig_mod.model.{0}",
+        "module._orig_mod.{0}",
+        "_orig_mod.module.model.{0}",
+        "model.diffusion_model.{0}",
+        "module.model._fsdp_wrapped_module.blocks._fsdp_wrapped_module._checkpoint_wrapped_module.{1}",
     ],
 )
 def test_wrappers_are_taken_off(tmp_path, suffix, stored):
@@ -92,11 +97,37 @@ def test_shards(tmp_path):
     assert set(reader.shapes) == set(TENSORS)
     np.testing.assert_array_equal(reader.read("head.bias"), np.ones(3))
     assert [path.name for path in reader.paths] == sorted(names.values())
+    by_index = open_weights(tmp_path / "m.safetensors.index.json")
+    assert (by_index.where, by_index.shapes) == (reader.where, reader.shapes)
     os.truncate(tmp_path / "m-00002-of-00002.safetensors", 20)
     (tmp_path / "m-00001-of-00002.safetensors").unlink()
     text = message(tmp_path / "m.safetensors")
     assert "m-00001-of-00002.safetensors is missing" in text
     assert "m-00002-of-00002.safetensors is cut off" in text
+
+
+def resident() -> int:
+    """Bytes of memory in use, pages of mapped files included."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmRSS"].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory in use is read from Linux's /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_file_does_not_stay_in_memory(tmp_path, dtype):
+    """24 tensors of 16 MiB: never more in use than what is read before the next mapping and the tensor itself."""
+    size = 2**24
+    tensors = {f"blocks.{i}.w": torch.full((size // dtype.itemsize,), i, dtype=dtype) for i in range(24)}
+    path = write(tmp_path / "large.pth", {"generator": tensors})
+    del tensors
+    reader = open_weights(path, keys=GENERATOR_KEYS)
+    before, most = resident(), 0
+    for name in reader.shapes:
+        values = reader.read(name)
+        assert values[::1024].sum(dtype=np.float64) == values.size // 1024 * int(name.split(".")[1])
+        most = max(most, resident() - before)
+        del values
+    assert size / 2 < most < MAPPED_BYTES + 3 * size < 24 * size / 2
 
 
 # MARK: entries
