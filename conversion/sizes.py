@@ -87,12 +87,11 @@ def transformer_sizes(shapes: Shapes, settings: dict[str, Any], where: str) -> T
 
 
 def wan_settings(cfg: TransformerConfig) -> dict[str, Any]:
-    """The settings of Wan's own config.json for these sizes."""
+    """Wan's own config.json for these sizes: its keys and no others, which its code would warn of."""
     return {
-        "_class_name": "WanModel", "model_type": "t2v", "patch_size": list(cfg.patch), "text_len": cfg.text_length,
-        "in_dim": cfg.in_channels, "dim": cfg.dim, "ffn_dim": cfg.ffn_dim, "freq_dim": cfg.time_dim,
-        "text_dim": cfg.text_dim, "out_dim": cfg.out_channels, "num_heads": cfg.num_heads,
-        "num_layers": cfg.num_layers, "qk_norm": True, "cross_attn_norm": True, "eps": cfg.eps,
+        "_class_name": "WanModel", "model_type": "t2v", "dim": cfg.dim, "eps": cfg.eps, "ffn_dim": cfg.ffn_dim,
+        "freq_dim": cfg.time_dim, "in_dim": cfg.in_channels, "num_heads": cfg.num_heads, "num_layers": cfg.num_layers,
+        "out_dim": cfg.out_channels, "text_len": cfg.text_length,
     }  # fmt: skip
 
 
