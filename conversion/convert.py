@@ -20,9 +20,10 @@ import numpy as np
 from longlive_jax import checkpoint, hub
 from longlive_jax.checkpoint import compare_shapes
 from longlive_jax.config import ModelConfig, SamplerConfig
-from longlive_jax.conversion import layers, sizes, tables
+from longlive_jax.conversion import diffusers, extras, layers, sizes, tables
 from longlive_jax.conversion.lora import Lora, lora_faults, merge, open_lora
 from longlive_jax.conversion.readers import GENERATOR_KEYS, Reader, open_weights
+from longlive_jax.conversion.tables_diffusers import DIFFUSERS
 from longlive_jax.errors import UserError, collect, raise_all
 from longlive_jax.tensor_files import LazyTensor, SafetensorsPart
 from longlive_jax.tokenizer import PromptTokenizer
@@ -46,6 +47,8 @@ class Source:
     Attributes:
       readers: of each part.
       configs: sizes of each part.
+      tables: which table each part's file follows; the original one unless it says otherwise.
+      sampler: the sampler's defaults.
       loras: to be merged into the transformer.
       planned: the table of each part, by `plan`.
       tokenizer: of the prompts, or None, and its file.
@@ -54,6 +57,8 @@ class Source:
 
     readers: dict[str, Reader] = dataclasses.field(default_factory=dict)
     configs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tables: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(tables.WAN))
+    sampler: SamplerConfig = SamplerConfig()
     loras: list[Lora] = dataclasses.field(default_factory=list)
     planned: dict[str, tables.Table] = dataclasses.field(default_factory=dict)
     tokenizer: PromptTokenizer | None = None
@@ -80,10 +85,11 @@ def convert_wan(
     verify: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Converts a folder of original Wan 2.1 files, with LongLive's generator and LoRA in place of Wan's DiT if given.
+    """Converts a folder of Wan 2.1's files, with LongLive's generator and LoRA in place of Wan's DiT if given.
 
     Args:
-      folder: config.json, DiT, VAE, and if they are there text encoder and tokeniser; or a hub id "owner/name".
+      folder: the original files (config.json, DiT, VAE, and if they are there text encoder and tokeniser), or a folder
+        of diffusers' `WanPipeline`; or a hub id "owner/name" of either.
       output: the checkpoint folder to write.
       generator: a LongLive or Self-Forcing `.pt`, or any file with a DiT of the same architecture; or
         "owner/name/path/to/file" on the hub, as for the LoRAs.
@@ -113,7 +119,7 @@ def convert_wan(
     with collect(source.faults):
         if not source.faults:
             configs = source.configs
-            config = ModelConfig(configs["transformer"], configs["vae"], configs.get("text_encoder"), SamplerConfig())
+            config = ModelConfig(configs["transformer"], configs["vae"], configs.get("text_encoder"), source.sampler)
     raise_all(source.faults, f"cannot convert {folder}, nothing was written: ")
     provenance = describe(source, dtype)
     report: dict[str, Any] = {}
@@ -159,14 +165,35 @@ def open_wan(
     if generator_key is not None and generator is None:
         raise UserError("--generator-key chooses an entry of the --generator file; give that too")
     source, settings = Source(), None
+    is_diffusers = diffusers.is_folder(folder)
+    if is_diffusers:
+        settings = open_diffusers(source, folder, transformer=generator is None)
+    else:
+        with collect(source.faults):
+            settings = sizes.read_settings(folder / "config.json")
+    if generator or not is_diffusers:
+        with collect(source.faults):
+            path = hub.file(generator) if generator else folder / DIT_NAME
+            reader = source.readers["transformer"] = open_weights(path, generator_key, keys=GENERATOR_KEYS)
+            if settings is not None:
+                cfg = sizes.transformer_sizes(reader.shapes, settings, reader.where)
+                source.configs["transformer"] = cfg
+    if not is_diffusers:
+        open_vae_and_text_encoder(source, folder)
     with collect(source.faults):
-        settings = sizes.read_settings(folder / "config.json")
-    with collect(source.faults):
-        path = hub.file(generator) if generator else folder / DIT_NAME
-        reader = source.readers["transformer"] = open_weights(path, generator_key, keys=GENERATOR_KEYS)
-        if settings is not None:
-            cfg = sizes.transformer_sizes(reader.shapes, settings, reader.where)
-            source.configs["transformer"] = cfg
+        source.sampler = extras.restore(folder, source.configs)
+    open_tokenizer(source, folder / ("tokenizer" if is_diffusers else TOKENIZER_FOLDER))
+    for path, scale in loras:
+        with collect(source.faults):
+            source.loras.append(open_lora(hub.file(path), scale, lora_alpha))
+    source.faults += [fault for lora in source.loras for fault in lora.faults]
+    if lora_alpha is not None and len(source.loras) == len(loras) and all(lora.says_alpha for lora in source.loras):
+        source.faults.append("--lora-alpha is for LoRAs that do not say their alpha, and there is none; leave it out")
+    return source
+
+
+def open_vae_and_text_encoder(source: Source, folder: Path) -> None:
+    """The other two parts of a folder of original files; the text encoder may be missing."""
     with collect(source.faults):
         reader = source.readers["vae"] = open_weights(first_of(folder, VAE_NAMES))
         source.configs["vae"] = sizes.vae_sizes(reader.shapes, reader.where)
@@ -177,22 +204,38 @@ def open_wan(
             source.configs["text_encoder"] = sizes.text_encoder_sizes(reader.shapes, reader.where)
         else:
             source.warnings.append(f"no text encoder: {text} is missing, so prompts cannot be read")
-    open_tokenizer(source, folder / TOKENIZER_FOLDER)
-    for path, scale in loras:
+
+
+def open_diffusers(source: Source, folder: Path, *, transformer: bool) -> dict[str, Any] | None:
+    """The parts of a diffusers folder; the text encoder may be missing, the transformer left out.
+
+    Returns:
+      What Wan's config.json would say of the transformer, or None if that cannot be read.
+    """
+    settings = None
+    with collect(source.faults):
+        diffusers.check_index(folder)
+    for part in checkpoint.MODULES:
+        if part == "text_encoder" and not (folder / part).is_dir():
+            source.warnings.append(f"no text encoder: {folder / part} is missing, so prompts cannot be read")
+            continue
         with collect(source.faults):
-            source.loras.append(open_lora(hub.file(path), scale, lora_alpha))
-    source.faults += [fault for lora in source.loras for fault in lora.faults]
-    if lora_alpha is not None and len(source.loras) == len(loras) and all(lora.says_alpha for lora in source.loras):
-        source.faults.append("--lora-alpha is for LoRAs that do not say their alpha, and there is none; leave it out")
-    return source
+            if part == "transformer" and not transformer:
+                settings = sizes.wan_settings(diffusers.read_sizes(folder, part))
+            else:
+                source.readers[part], source.configs[part] = diffusers.open_part(folder, part)
+                source.tables[part] = DIFFUSERS[part]
+    return settings
 
 
 def find_wan(folder: str | Path, with_dit: bool) -> Path:
-    """The Wan folder: a path, or a hub id of which only the files that are converted are downloaded."""
+    """The Wan or diffusers folder: a path, or a hub id of which only the files that are converted are downloaded."""
     dit = [DIT_NAME, DIT_NAME + ".index.json", DIT_NAME.replace(".", "-*-of-*.")] if with_dit else []
     tokenizer = [f"{TOKENIZER_FOLDER}/{name}" for name in TOKENIZER_NAMES]
 
     def complete(snapshot: Path) -> bool:
+        if diffusers.is_folder(snapshot):
+            return diffusers.is_complete(snapshot, with_dit)
         if with_dit:
             try:
                 open_weights(snapshot / DIT_NAME)
@@ -201,7 +244,8 @@ def find_wan(folder: str | Path, with_dit: bool) -> Path:
         needed = (["config.json"], VAE_NAMES, TEXT_NAMES, tokenizer)
         return all(any((snapshot / name).is_file() for name in names) for names in needed)
 
-    return hub.folder(folder, ["config.json", *dit, *VAE_NAMES, *TEXT_NAMES, *tokenizer], complete)
+    original = ["config.json", *dit, *VAE_NAMES, *TEXT_NAMES, *tokenizer]
+    return hub.folder(folder, [*original, *diffusers.patterns(with_dit)], complete)
 
 
 def first_of(folder: Path, names: Sequence[str]) -> Path:
@@ -233,18 +277,19 @@ def plan(source: Source, part: str, cfg: Any, dtype: Any) -> list[LazyTensor]:
     """What to write for a part; differences between its file and the table are noted as faults."""
     reader, loras = source.readers[part], source.loras if part == "transformer" else []
     ours = checkpoint.tensor_shapes(part, cfg)
-    table = source.planned[part] = tables.WAN[part](cfg)
+    table = source.planned[part] = source.tables[part](cfg)
+    original = {row.ours: row.torch for row in tables.WAN[part](cfg).rows}  # LoRAs go by the original names
     torch_shapes = table.torch_shapes(ours)
     source.faults += compare_shapes(reader.where, torch_shapes, reader.shapes)
     kinds = [n for n, kind in reader.dtypes.items() if not jax.dtypes.issubdtype(kind, np.floating)]
     source.faults += [f"{reader.where}: {', '.join(kinds)} hold no floating-point numbers"] if kinds else []
-    weights = {row.torch: torch_shapes[row.torch] for row in table.rows if row.transform is tables.LINEAR}
+    weights = {original[row.ours]: torch_shapes[row.torch] for row in table.rows if row.transform is tables.LINEAR}
     for lora in loras:
         source.faults += lora_faults(lora, weights)
 
     def make(row: tables.Row) -> LazyTensor:
         def values():
-            return row.transform.to_ours(merge(row.torch, reader.read(row.torch), loras), **table.sizes)
+            return row.transform.to_ours(merge(original[row.ours], reader.read(row.torch), loras), **table.sizes)
 
         return LazyTensor(row.ours, ours[row.ours], dtype, values)
 

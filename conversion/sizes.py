@@ -86,6 +86,15 @@ def transformer_sizes(shapes: Shapes, settings: dict[str, Any], where: str) -> T
     )
 
 
+def wan_settings(cfg: TransformerConfig) -> dict[str, Any]:
+    """Wan's own config.json for these sizes: its keys and no others, which its code would warn of."""
+    return {
+        "_class_name": "WanModel", "model_type": "t2v", "dim": cfg.dim, "eps": cfg.eps, "ffn_dim": cfg.ffn_dim,
+        "freq_dim": cfg.time_dim, "in_dim": cfg.in_channels, "num_heads": cfg.num_heads, "num_layers": cfg.num_layers,
+        "out_dim": cfg.out_channels, "text_len": cfg.text_length,
+    }  # fmt: skip
+
+
 def vae_sizes(shapes: Shapes, where: str) -> VAEConfig:
     """Sizes of the VAE, by walking its encoder: residual blocks of a level, then the step to the next.
 

@@ -211,10 +211,7 @@ MIDDLE = (RESIDUAL, ATTENTION, RESIDUAL)
 
 def wan_vae(cfg: VAEConfig) -> Table:
     """Wan's VAE. Its lists hold what ours hold, in the same order, but the middle has a list of its own."""
-    down = _levels(cfg.base_width, cfg.multipliers, cfg.res_blocks, cfg.temporal, lambda width: width)
-    up = _levels(
-        cfg.base_width, cfg.multipliers[::-1], cfg.res_blocks + 1, cfg.temporal[::-1], lambda width: width // 2
-    )
+    down, up = coder_layers(cfg, RESIDUAL, SHORTCUT)
     layers = [
         *(("encoder.downsamples", i, "encoder.layers", i, layer) for i, layer in enumerate(down)),
         *(("encoder.middle", i, "encoder.layers", len(down) + i, layer) for i, layer in enumerate(MIDDLE)),
@@ -229,20 +226,33 @@ def wan_vae(cfg: VAEConfig) -> Table:
     return Table((*WAN_VAE, *rows))
 
 
-def _levels(
-    base: int, multipliers: tuple[int, ...], blocks: int, temporal: tuple[bool, ...], after: Callable[[int], int]
-) -> list[tuple[Row, ...]]:
-    """The rows of each layer, level by level: residual blocks, then a change of size; `after` is the width past it."""
-    layers, dim = [], base * multipliers[0]
-    for level, multiplier in enumerate(multipliers):
-        width = base * multiplier
-        for _ in range(blocks):
-            layers.append(RESIDUAL + SHORTCUT if dim != width else RESIDUAL)
-            dim = width
-        if level < len(temporal):
-            layers.append(RESAMPLE + TIME_CONV if temporal[level] else RESAMPLE)
-            dim = after(dim)
-    return layers
+def coder_layers(
+    cfg: VAEConfig, residual: tuple[Row, ...], shortcut: tuple[Row, ...]
+) -> tuple[list[tuple[Row, ...]], list[tuple[Row, ...]]]:
+    """The rows of each layer of the encoder before its middle, and of the decoder after its middle.
+
+    Args:
+      cfg: sizes.
+      residual: rows of a residual block, by the names of some layout.
+      shortcut: those it has besides where the width changes.
+    """
+
+    def levels(multipliers, blocks, temporal, after) -> list[tuple[Row, ...]]:
+        """Level by level: residual blocks, then a change of size; `after` is the width past it."""
+        layers, dim = [], cfg.base_width * multipliers[0]
+        for level, multiplier in enumerate(multipliers):
+            width = cfg.base_width * multiplier
+            for _ in range(blocks):
+                layers.append(residual + shortcut if dim != width else residual)
+                dim = width
+            if level < len(temporal):
+                layers.append(RESAMPLE + TIME_CONV if temporal[level] else RESAMPLE)
+                dim = after(dim)
+        return layers
+
+    down = levels(cfg.multipliers, cfg.res_blocks, cfg.temporal, lambda width: width)
+    up = levels(cfg.multipliers[::-1], cfg.res_blocks + 1, cfg.temporal[::-1], lambda width: width // 2)
+    return down, up
 
 
 WAN: dict[str, Callable[[Any], Table]] = {

@@ -270,9 +270,9 @@ def save(
         faults += compare_shapes(part, tensor_shapes(part, getattr(config, part)), found)
     raise_all(faults, "the parameters do not fit the config: ")
     values = {"format": FORMAT, **to_dict(config), "provenance": provenance or {}}
-    with _new_folder(folder) as new:
+    with new_folder(folder) as new:
         (new / "config.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        hashes = {part: _write_part(new, part, tensors, shard_bytes or SHARD_BYTES) for part, tensors in parts.items()}
+        hashes = {part: write_part(new, part, tensors, shard_bytes or SHARD_BYTES) for part, tensors in parts.items()}
         if tokenizer is not None:
             tokenizer.save(new)
         if verify_written:
@@ -282,21 +282,31 @@ def save(
     return hashes
 
 
-def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that exists, and always one that is not a checkpoint: it may be somebody's home."""
+def refuse_existing(
+    folder: Path, overwrite: bool, read: Callable[[Path], Any] | None = None, kind: str = "a checkpoint folder"
+) -> None:
+    """Refuses a folder that exists, and always one that is not a checkpoint: it may be somebody's home.
+
+    Args:
+      folder: where something shall be written.
+      overwrite: whether one of our own may be replaced.
+      read: gives something for a folder of our own, else nothing or a UserError; by default for checkpoints.
+      kind: what such a folder is called.
+    """
+    read = read or _read_config
     if not os.path.lexists(folder):
         return
     if not overwrite:
         raise UserError(f"{folder} exists and is kept; choose another output or add --overwrite")
     if folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()):
         with contextlib.suppress(UserError):
-            if _read_config(folder) and not folder.is_symlink():
+            if read(folder) and not folder.is_symlink():
                 return
-        raise UserError(f"{folder} is not a checkpoint folder and is not overwritten; choose another output")
+        raise UserError(f"{folder} is not {kind} and is not overwritten; choose another output")
 
 
 @contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder with a temporary name beside `folder`; takes its place at the end, or is removed on an error."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -318,8 +328,10 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; nothing was written") from error
 
 
-def _write_part(folder: Path, part: str, tensors: list[LazyTensor], shard_bytes: int) -> dict[str, str]:
-    """One file, or shards of at most `shard_bytes` and their index."""
+def write_part(
+    folder: Path, part: str, tensors: list[LazyTensor], shard_bytes: int, metadata: dict[str, str] | None = None
+) -> dict[str, str]:
+    """One file `part`.safetensors, or shards of at most `shard_bytes` and their index. `metadata` goes into each."""
     shards: list[list[LazyTensor]] = [[]]
     room = shard_bytes
     for tensor in tensors:
@@ -329,11 +341,11 @@ def _write_part(folder: Path, part: str, tensors: list[LazyTensor], shard_bytes:
         shards[-1].append(tensor)
         room -= tensor.nbytes
     if len(shards) == 1:
-        return write_safetensors(folder / f"{part}.safetensors", tensors)
+        return write_safetensors(folder / f"{part}.safetensors", tensors, metadata)
     hashes, weight_map = {}, {}
     for number, shard in enumerate(shards, 1):
         name = f"{part}-{number:05}-of-{len(shards):05}.safetensors"
-        hashes.update(write_safetensors(folder / name, shard))
+        hashes.update(write_safetensors(folder / name, shard, metadata))
         weight_map.update({tensor.name: name for tensor in shard})
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
     (folder / f"{part}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")

@@ -47,10 +47,13 @@ class LazyTensor:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def write_safetensors(path: Path, tensors: Sequence[LazyTensor]) -> dict[str, str]:
+def write_safetensors(
+    path: Path, tensors: Sequence[LazyTensor], metadata: dict[str, str] | None = None
+) -> dict[str, str]:
     """Writes one file, holding one tensor at a time. Returns the sha256 of each tensor, which the header has too.
 
-    The header goes first, with zeros for the hashes; they have a fixed length and are filled in at the end.
+    The header goes first, with zeros for the hashes; they have a fixed length and are filled in at the end. `metadata`
+    is what else the header's free part shall have.
     """
     codes = {np.dtype(kind): code for code, kind in DTYPES.items()}
     entries, offset = {}, 0
@@ -60,7 +63,7 @@ def write_safetensors(path: Path, tensors: Sequence[LazyTensor]) -> dict[str, st
         offset = ends[1]
     hashes = {tensor.name: "0" * 64 for tensor in tensors}
     with open(path, "wb") as file:
-        file.write(_header(hashes, entries))
+        file.write(_header({**(metadata or {}), **hashes}, entries))
         for tensor in tensors:
             values = np.asarray(tensor.make())
             if values.shape != tuple(tensor.shape):
@@ -69,14 +72,14 @@ def write_safetensors(path: Path, tensors: Sequence[LazyTensor]) -> dict[str, st
             hashes[tensor.name] = hashlib.sha256(data).hexdigest()
             file.write(data)
         file.seek(0)
-        file.write(_header(hashes, entries))
+        file.write(_header({**(metadata or {}), **hashes}, entries))
         file.flush()
         os.fsync(file.fileno())
     return hashes
 
 
-def _header(hashes: dict[str, str], entries: dict[str, dict]) -> bytes:
-    text = json.dumps({"__metadata__": hashes, **entries}, separators=(",", ":")).encode()
+def _header(metadata: dict[str, str], entries: dict[str, dict]) -> bytes:
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the values start at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text
 

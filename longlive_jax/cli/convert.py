@@ -1,9 +1,10 @@
-"""`longlive convert`: PyTorch checkpoints in, a checkpoint folder out."""
+"""`longlive convert`: PyTorch checkpoints in, a checkpoint folder out; and the way back."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -12,49 +13,81 @@ from longlive_jax.errors import UserError
 
 @dataclasses.dataclass
 class Convert:
-    """Convert Wan / LongLive files (PyTorch) to a checkpoint folder.
+    """Convert Wan / LongLive files (PyTorch) to a checkpoint folder, or a checkpoint folder to PyTorch files.
 
     Attributes:
-      wan: folder of Wan's original files (config.json, DiT, VAE, text encoder, tokeniser), or its hub id owner/name.
-      output: the checkpoint folder to write.
+      output: the folder to write.
+      wan: folder of Wan's original files (config.json, DiT, VAE, text encoder, tokeniser) or of diffusers' WanPipeline,
+        or the hub id owner/name of one.
       generator: LongLive's or Self-Forcing's .pt whose DiT replaces Wan's; on the hub owner/name/path/to/file.
       generator_key: which entry of that file: generator, generator_ema or model; the first present by default.
       lora: LoRA files to merge, each FILE or FILE:scale, with the names of peft, diffusers, ComfyUI or kohya.
       lora_alpha: alpha of the LoRAs whose files do not say it; their rank by default.
-      dtype: of the tensors written, bfloat16 or float32.
+      checkpoint: a checkpoint folder to convert back.
+      to: what to: torch (LongLive's and Wan's own files) or diffusers.
+      dtype: of the tensors written, bfloat16 or float32; bfloat16 by default, on the way back as stored.
       verify: read everything back, compare checksums and, with PyTorch, the numbers of each layer with the source's.
       overwrite: replace an output that exists.
     """
 
-    wan: str
     output: Path
+    wan: str | None = None
     generator: str | None = None
     generator_key: str | None = None
     lora: tuple[str, ...] = ()
     lora_alpha: float | None = None
-    dtype: str = "bfloat16"
+    checkpoint: str | None = None
+    to: Literal["torch", "diffusers"] | None = None
+    dtype: str | None = None
     verify: bool = False
     overwrite: bool = False
 
     def run(self) -> int:
+        self.check()
+        report = self.convert() if self.wan else self.export()
+        console = Console(stderr=True)
+        for warning in report.get("warnings", ()):
+            console.print(f"warning: {warning}", highlight=False)
+        print(f"{self.output}: {report['summary']}")
+        return 0
+
+    def check(self) -> None:
+        """Refuses options that do not go together."""
+        if self.wan and (self.checkpoint or self.to):
+            raise UserError(
+                "--wan converts to a checkpoint, --checkpoint and --to convert one back; give one of the two"
+            )
+        if self.to and not self.checkpoint:
+            raise UserError(f"--to {self.to} needs the checkpoint folder to convert; add --checkpoint DIR")
+        if self.checkpoint and not self.to:
+            raise UserError("--checkpoint is converted to PyTorch files; add --to torch or --to diffusers")
+        if not self.wan and not self.checkpoint:
+            raise UserError("nothing to convert; give --wan FOLDER, or --checkpoint DIR --to torch|diffusers")
+        forward = ("generator", "generator_key", "lora", "lora_alpha", "verify")
+        given = [f"--{name.replace('_', '-')}" for name in forward if getattr(self, name) not in (None, (), False)]
+        if self.checkpoint and given:
+            raise UserError(f"{', '.join(given)} only goes with --wan; convert with it first, then back without")
+
+    def convert(self) -> dict[str, Any]:
         from longlive_jax.conversion.convert import convert_wan
 
-        report = convert_wan(
+        return convert_wan(
             self.wan,
             self.output,
             generator=self.generator,
             generator_key=self.generator_key,
             loras=[parse_lora(text) for text in self.lora],
             lora_alpha=self.lora_alpha,
-            dtype=self.dtype,
+            dtype=self.dtype or "bfloat16",
             verify=self.verify,
             overwrite=self.overwrite,
         )
-        console = Console(stderr=True)
-        for warning in report.get("warnings", ()):
-            console.print(f"warning: {warning}", highlight=False)
-        print(f"{self.output}: {report['summary']}")
-        return 0
+
+    def export(self) -> dict[str, Any]:
+        from longlive_jax import hub
+        from longlive_jax.conversion.export import export
+
+        return export(hub.find(self.checkpoint), self.output, self.to, dtype=self.dtype, overwrite=self.overwrite)
 
 
 def parse_lora(text: str) -> tuple[str, float]:

@@ -289,8 +289,8 @@ def test_unsafe_pickle(wan, tmp_path):
 def test_verify_finds_what_the_disk_lost(wan, tmp_path, monkeypatch):
     written = checkpoint.write_safetensors
 
-    def lossy(path, tensors):
-        hashes = written(path, tensors)
+    def lossy(path, tensors, metadata=None):
+        hashes = written(path, tensors, metadata)
         with open(path, "r+b") as file:
             file.seek(-2, os.SEEK_END)
             file.write(b"\xff\xff")
