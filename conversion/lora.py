@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from longlive_jax.conversion.readers import Reader, open_weights
-from longlive_jax.conversion.tables import DIFFUSERS_TRANSFORMER_NAMES
+from longlive_jax.conversion.tables_diffusers import TRANSFORMER_MODULES
 from longlive_jax.errors import UserError
 
 LORA_KEYS = ("generator_lora",)
@@ -41,7 +41,7 @@ LAYER = re.compile(r"^blocks([._])(\d+)\1")
 
 MODULES = {
     spelled: original
-    for diffusers, original in DIFFUSERS_TRANSFORMER_NAMES.items()
+    for diffusers, original in TRANSFORMER_MODULES.items()
     for name in (diffusers, original)
     for spelled in (name, name.replace(".", "_"))
 }

@@ -125,30 +125,6 @@ WAN_TRANSFORMER = (
 )
 
 
-DIFFUSERS_TRANSFORMER_NAMES = {
-    "patch_embedding": "patch_embedding",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    **{
-        f"blocks.{{i}}.{theirs}.{part}": f"blocks.{{i}}.{original}.{short}"
-        for theirs, original in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-        for part, short in {
-            "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"
-        }.items()
-    },
-    "blocks.{i}.norm2": "blocks.{i}.norm3",  # both count a norm without weights that the other does not
-    "blocks.{i}.ffn.net.0.proj": "blocks.{i}.ffn.0",
-    "blocks.{i}.ffn.net.2": "blocks.{i}.ffn.2",
-    "blocks.{i}.scale_shift_table": "blocks.{i}.modulation",
-    "proj_out": "head.head",
-    "scale_shift_table": "head.modulation",
-}  # fmt: skip
-"""Modules (and bare parameters) of the DiT by diffusers' name, and by the original one."""
-
-
 def wan_transformer(cfg: TransformerConfig) -> Table:
     """Wan's and LongLive's DiT."""
     sizes = dict(c=cfg.in_channels, p=cfg.patch[1], q=cfg.patch[2])

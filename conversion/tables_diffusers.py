@@ -18,6 +18,7 @@ from longlive_jax.conversion.tables import (
     PATCHIFY,
     POINT3D,
     SAME,
+    WAN_TRANSFORMER,
     Row,
     Table,
     coder_layers,
@@ -47,6 +48,16 @@ TRANSFORMER = (
     *linear("proj_out", "head.linear"),
     Row("scale_shift_table", "head.modulation", ONE_FIRST),
 )
+
+
+def _module(tensor: str) -> str:
+    return tensor.removesuffix(".weight").removesuffix(".bias")
+
+
+_ORIGINAL = {row.ours: row.torch for row in WAN_TRANSFORMER}
+
+TRANSFORMER_MODULES = {_module(row.torch): _module(_ORIGINAL[row.ours]) for row in TRANSFORMER}
+"""Modules (and bare parameters) of the DiT by diffusers' name -> by the original one: where both become the same."""
 
 
 def transformer(cfg: TransformerConfig) -> Table:

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from longlive_jax.conversion.lora import MODULES, lora_faults, merge, open_lora, original_module
-from longlive_jax.conversion.tables import DIFFUSERS_TRANSFORMER_NAMES, WAN_TRANSFORMER
+from longlive_jax.conversion.tables import WAN_TRANSFORMER
+from longlive_jax.conversion.tables_diffusers import TRANSFORMER_MODULES
 from longlive_jax.errors import UserError
 
 Q = "blocks.0.self_attn.q.weight"
@@ -99,8 +100,8 @@ def test_namings(naming, spelling, states, weights, tmp_path):
 def test_every_module_has_a_diffusers_name():
     """Both tables speak of the same modules, and no spelling means two of them."""
     original = {row.torch.removesuffix(".weight").removesuffix(".bias") for row in WAN_TRANSFORMER}
-    assert set(DIFFUSERS_TRANSFORMER_NAMES.values()) == original
-    pairs = DIFFUSERS_TRANSFORMER_NAMES.items()
+    assert set(TRANSFORMER_MODULES.values()) == original
+    pairs = TRANSFORMER_MODULES.items()
     spellings = {(form(name), o) for d, o in pairs for name in (d, o) for form in (str, lambda n: n.replace(".", "_"))}
     assert len(spellings) == len(MODULES)
 
@@ -111,7 +112,7 @@ def test_diffusers_names_are_those_of_diffusers():
         num_attention_heads=1, attention_head_dim=12, text_dim=4, freq_dim=4, ffn_dim=4, num_layers=2
     )
     theirs = {name.removesuffix(".weight").removesuffix(".bias") for name in model.state_dict()}
-    assert theirs == {name.format(i=i) for name in DIFFUSERS_TRANSFORMER_NAMES for i in range(2)}
+    assert theirs == {name.format(i=i) for name in TRANSFORMER_MODULES for i in range(2)}
     assert all(original_module(name) in MODULES or "blocks" in original_module(name) for name in theirs)
 
 
