@@ -20,11 +20,11 @@ PEAKS = {
 """Dense bfloat16 FLOP/s of a device (the vendors' data sheets), by a part of what JAX calls it; first match counts."""
 
 
-def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """What the device could do at most in `dtype`; None where that is not known."""
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """What a device could do at most in `dtype`; None where that is not known."""
     if dtype != "bfloat16":
         return None
-    return next((peak for name, peak in PEAKS.items() if name in device.device_kind), None)
+    return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
 
 
 def count_flops(function: Callable, *args: Any) -> float:
@@ -37,7 +37,7 @@ def count_flops(function: Callable, *args: Any) -> float:
 
 
 def _count(jaxpr) -> float:
-    return sum(_equation(equation) for equation in jaxpr.eqns)
+    return sum((_equation(equation) for equation in jaxpr.eqns), 0.0)
 
 
 def _equation(equation) -> float:
@@ -57,7 +57,7 @@ def _equation(equation) -> float:
         return params["length"] * _count(params["jaxpr"].jaxpr)
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in params["branches"])
-    return sum(_count(inner) for inner in _inner(params))
+    return sum((_count(inner) for inner in _inner(params)), 0.0)
 
 
 def _inner(params: dict[str, Any]):

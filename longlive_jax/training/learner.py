@@ -1,4 +1,7 @@
-"""What a run carries from step to step, and what its checkpoints hold: pytrees of arrays."""
+"""What a run carries from step to step, and what its checkpoints hold: pytrees of arrays.
+
+The fields have no shapes in their types: JAX builds these of shapes, shardings and whatever a `tree.map` gives, too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from longlive_jax.training.stage_config import OptimizerConfig
 
@@ -21,18 +24,19 @@ class Learner:
       params: what is trained, float32: pure dicts by network.
       opt: the optimiser's state.
       ema: averaged parameters; None if they are not wanted.
-      updates: made since the phase began.
-      skipped: updates left out because of a gradient that is not finite or too large, and how many in a row.
-      usual_norm: running mean of the gradient's norm.
+      updates: int32, made since the phase began.
+      skipped: int32, updates left out because of a gradient that is not finite or too large.
+      skipped_in_a_row: int32, of them the newest without an update between.
+      usual_norm: float32, running mean of the gradient's norm.
     """
 
     params: Any
     opt: Any
     ema: Any
-    updates: Int[Array, ""]
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
-    usual_norm: Float[Array, ""]
+    updates: Any
+    skipped: Any
+    skipped_in_a_row: Any
+    usual_norm: Any
 
     @classmethod
     def begin(cls, params: Any, optimizer: optax.GradientTransformation, config: OptimizerConfig) -> Learner:
@@ -84,15 +88,15 @@ class TrainState:
     """All of a run's state.
 
     Attributes:
-      step: steps done, of all phases.
-      key: of the run; that of a step is folded from it.
+      step: int32, steps done, of all phases.
+      key: uint32 [2], of the run; that of a step is folded from it.
       learners: by name.
       carry: what streams in flight need of the past, leading axes [streams / devices, devices]; () where every batch
         stands alone.
     """
 
-    step: Int[Array, ""]
-    key: UInt32[Array, "2"]
+    step: Any
+    key: Any
     learners: dict[str, Learner]
     carry: Any = ()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import yaml
 
@@ -175,7 +175,7 @@ class VAEPhase:
                 f"phase {self.name}: frames {self.frames} must be 4 k + 1, sprites {self.sprites} 1 or more"
             )
 
-    def shrunk(self) -> Self:
+    def shrunk(self) -> VAEPhase:
         return dataclasses.replace(self, steps=2, batch_size=2, frames=min(self.frames, 5))
 
 
@@ -210,7 +210,7 @@ class LatentPhase:
         if self.clips < 1:
             raise UserError(f"phase {self.name}: clips is {self.clips}; 1 or more is needed")
 
-    def shrunk(self) -> Self:
+    def shrunk(self) -> LatentPhase:
         return dataclasses.replace(
             self, steps=2, batch_size=2, frames=min(self.frames, 6), clip_frames=min(self.clip_frames, 6), clips=4
         )
@@ -248,7 +248,7 @@ class StageConfig:
         """Of all phases."""
         return sum(phase.steps for phase in self.phases)
 
-    def shrunk(self) -> Self:
+    def shrunk(self) -> StageConfig:
         """The same stage at sizes that run through in seconds on a CPU."""
         # Bigger batches where there are more streams, so that what is tried out is what will be run.
         phases = tuple(

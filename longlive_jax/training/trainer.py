@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -35,6 +35,7 @@ from longlive_jax.training.step import Teaching, arrange, make_step, put
 from longlive_jax.video import VideoWriter
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Who is told how a run goes."""
 
@@ -252,7 +253,7 @@ class _Loop:
         figures |= {f"seconds_{name}": seconds / n for name, seconds in self.clock.items()}
         figures["seconds_step"] = (elapsed - rest) / n
         figures["flops_per_second"] = figures["flops"] / max(figures["seconds_step"], 1e-9)
-        peak = peak_flops(jax.devices()[0], self.config.run.dtype)
+        peak = peak_flops(jax.devices()[0].device_kind, self.config.run.dtype)
         if peak is not None:
             figures["mfu"] = figures["flops_per_second"] / (peak * self.config.run.devices)
         self.metrics.write(self.step, {"phase": phase.name, **figures})

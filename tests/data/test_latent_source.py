@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 
+from longlive_jax.config import VAEConfig
 from longlive_jax.data.latent_source import LatentSource
 from longlive_jax.data.sprite_prompts import matches, parse
 from longlive_jax.errors import UserError
+from longlive_jax.models.vae import VAE
 from longlive_jax.tokenizer import Tokens
 from longlive_jax.training import latents as latents_module
 from longlive_jax.training.latents import cached_latents, scheduled_clip
@@ -81,10 +84,11 @@ def test_cached_latents_of_others_are_refused(tmp_path, monkeypatch):
             np.savez(folder / f"{start:06d}.npz", latents=np.zeros((shard, 3, 1, 1, 1), np.float16))
 
     monkeypatch.setattr(latents_module, "encode_clips", encode)
+    vae = nnx.eval_shape(lambda: VAE(VAEConfig.sprites(), rngs=nnx.Rngs(0)))
     settings = dict(clips=4, latent_frames=3, block=3, seed=7, say=lambda line: None)
-    latents, plans = cached_latents(None, tmp_path, vae_hash="a", **settings)
+    latents, plans = cached_latents(vae, tmp_path, vae_hash="a", **settings)
     assert len(latents) == len(plans) == 4
     with pytest.raises(
         UserError, match="latents in .* are of others .vae a, now b.; delete the folder or give another"
     ):
-        cached_latents(None, tmp_path, vae_hash="b", **settings)
+        cached_latents(vae, tmp_path, vae_hash="b", **settings)

@@ -95,8 +95,8 @@ def test_a_warmup_longer_than_a_phase():
 def test_faults_of_phases():
     with pytest.raises(UserError, match="phase a: frames 4 must be 4 k"):
         VAEPhase("a", 1, 1, 1e-3, frames=4)
-    with pytest.raises(UserError, match="phase a: 2 faults: steps is 0.*; rate is -1"):
-        VAEPhase("a", 0, 1, -1)
+    with pytest.raises(UserError, match="phase a: 2 faults: steps is 0.*; rate is -1.0"):
+        VAEPhase("a", 0, 1, -1.0)
     with pytest.raises(UserError, match="phase a: frames is 6; 1 to clip_frames 3"):
         LatentPhase("a", 1, 1, 1e-3, frames=6, clip_frames=3, clips=1)
     with pytest.raises(UserError, match="phase a: frames is 4; whole blocks of 3"):

@@ -23,7 +23,7 @@ from longlive_jax.training.learner import SPIKE_AFTER, Learner, TrainState
 from longlive_jax.training.stage_config import OptimizerConfig
 from longlive_jax.training.step import Teaching, Turn, arrange, gradient, make_step, put
 
-CONFIG = OptimizerConfig(warmup=0, ema=0.9, clip=0, spike=4.0)
+CONFIG = OptimizerConfig(warmup=0, ema=0.9, clip=0.0, spike=4.0)
 CFG = TransformerConfig(
     dim=24, ffn_dim=32, num_layers=2, num_heads=2, in_channels=4, out_channels=4, text_dim=8, text_length=6, time_dim=16
 )
@@ -111,7 +111,7 @@ def test_a_spike_is_skipped_once_the_usual_is_known():
 
 
 def test_average_of_the_weights():
-    config = dataclasses.replace(CONFIG, ema_start=2, spike=0)
+    config = dataclasses.replace(CONFIG, ema_start=2, spike=0.0)
     state, teaching = start(config)
     step, average = make_step([Turn("net", quadratic)], teaching), None
     for i in range(5):

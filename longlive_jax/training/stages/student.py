@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from longlive_jax.pipeline import LongLivePipeline
+from longlive_jax.training.batch import Batch
 from longlive_jax.training.flow_matching import flow_matching_loss
 from longlive_jax.training.remat import rematerialise
 from longlive_jax.training.stages.base import side_by_side
@@ -35,9 +36,9 @@ class StudentStage(TransformerStage):
         def loss(params, nets, carry, batch, key):
             models = self.models(params, nets)
             if first_blocks:
-                return flow_matching_loss(*models, batch, key, **settings), (carry, {})
+                return flow_matching_loss(*models, Batch(**batch), key, **settings), (carry, {})
             forcing = settings | {"block": sampler.block_frames, "context_noise": context_noise}
-            return teacher_forcing_loss(*models, batch, key, **forcing), (carry, {})
+            return teacher_forcing_loss(*models, Batch(**batch), key, **forcing), (carry, {})
 
         return (Turn(self.learner, loss),)
 

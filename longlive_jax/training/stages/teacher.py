@@ -12,6 +12,7 @@ from flax import nnx
 from longlive_jax.config import SPATIAL_FACTOR
 from longlive_jax.models.layers import structure
 from longlive_jax.models.vae import VAE
+from longlive_jax.training.batch import Batch
 from longlive_jax.training.flow_matching import euler_sample, flow_matching_loss
 from longlive_jax.training.remat import rematerialise
 from longlive_jax.training.stages.base import side_by_side
@@ -38,7 +39,7 @@ class TeacherStage(TransformerStage):
         }
 
         def loss(params, nets, carry, batch, key):
-            return flow_matching_loss(*self.models(params, nets), batch, key, **settings), (carry, {})
+            return flow_matching_loss(*self.models(params, nets), Batch(**batch), key, **settings), (carry, {})
 
         return (Turn(self.learner, loss),)
 

@@ -23,7 +23,6 @@ from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
 from longlive_jax.tokenizer import PromptTokenizer, train_unigram
-from longlive_jax.training.batch import Batch
 from longlive_jax.training.latents import cached_latents
 from longlive_jax.training.stage_config import LatentPhase
 from longlive_jax.training.stages.base import Stage
@@ -144,10 +143,11 @@ class TransformerStage(Stage):
             prompt_dropout=self.config.prompt_dropout, seed=seed, length=phase.steps * phase.batch_size,
         )  # fmt: skip
 
-    def collate(self, records) -> Batch:
+    def collate(self, records) -> dict[str, np.ndarray]:
+        """The fields of a `Batch`."""
         columns = {name: np.stack([record[name] for record in records]) for name in records[0]}
         # One stream's clips share their positions.
-        return Batch(**(columns | {"positions": columns["positions"][0]}))
+        return columns | {"positions": columns["positions"][0]}
 
     def finish(self, best, frozen, folder: Path, provenance: dict[str, Any]) -> None:
         params = self.networks(best, frozen)
