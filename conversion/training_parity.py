@@ -158,7 +158,7 @@ def _config(case: Case, cache_gradient: str) -> DistillationConfig:
         chunk_frames=meta.get("chunk_frames", default.chunk_frames),
         new_frames=meta.get("new_frames", default.new_frames),
         max_frames=meta.get("max_length", default.max_frames),
-        guidance=meta.get("guidance_scale", default.guidance - 1) + 1,
+        guidance=float(meta.get("guidance_scale", default.guidance - 1) + 1),
         quirks=quirks,
     )
 

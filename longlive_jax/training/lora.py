@@ -91,13 +91,15 @@ def merge(params: Any, scale: float) -> dict[str, Any]:
       params: of an adapted network, whole or `Adapted`.
       scale: alpha / rank.
     """
-    merged = {}
-    for name, value in join(*parts(params)).items():
-        if name not in LORA:
-            merged[name] = merge(value, scale) if isinstance(value, dict) else value
-    if LORA[0] in (params := join(*parts(params))):
-        kernel = params["kernel"]
-        a, b = (params[name].astype(jnp.float32) for name in LORA)
+    whole = join(*parts(params))
+    merged = {
+        name: merge(value, scale) if isinstance(value, dict) else value
+        for name, value in whole.items()
+        if name not in LORA
+    }
+    if LORA[0] in whole:
+        kernel = whole["kernel"]
+        a, b = (whole[name].astype(jnp.float32) for name in LORA)
         merged["kernel"] = (kernel.astype(jnp.float32) + scale * (a @ b)).astype(kernel.dtype)
     return merged
 

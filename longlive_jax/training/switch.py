@@ -7,6 +7,8 @@ else it stays zero, and zeros are attended from then on: a key of zeros has logi
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
@@ -33,6 +35,8 @@ def training_switch(
     newest = recent[:, recent.shape[1] - window.slots :]
     state = DecodeState(cache=cache, text_kv=None, recent=newest, position=position, keys=None)
     if config.quirks.sink != "zero" or sampler.switch != "recache":
+        sink = "keep" if config.quirks.sink == "zero" else config.quirks.sink
+        sampler = dataclasses.replace(sampler, sink=sink)
         return switch_prompt(model, sampler, window, state, prompt_embeds).cache
     text_kv = model.text_kv(prompt_embeds)
     t = sampler.context_noise

@@ -1,6 +1,7 @@
 """The two losses: normalisation, guidance, noise levels, masks."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,11 +73,11 @@ def test_noise_levels():
     assert float(at.removed[1, 0, 0, 0, 0]) == official.removed[700]
 
 
-class FakeScore:
+@dataclasses.dataclass(frozen=True)
+class FakeScore(dmd.Score):
     """A score whose flow is known."""
 
-    def __init__(self, flow):
-        self.given = flow
+    given: Any = None
 
     def flow(self, params, x_t, timestep, prompt_embeds, remat=None):
         return self.given * params * jnp.mean(prompt_embeds)
@@ -87,7 +88,7 @@ def test_critic_loss_equals_the_official_way_through_x0():
     config = dataclasses.replace(DistillationConfig(), quirks=Quirks.reference())
     levels = dmd.NoiseLevels.of(SAMPLER, config).at(jnp.asarray([2, 400]))
     embeds = jnp.ones((2, 1, 1))
-    loss = dmd.critic_flow_loss(FakeScore(flow), jnp.ones(()), x, noise, levels, embeds, frames)
+    loss = dmd.critic_flow_loss(FakeScore(None, given=flow), jnp.ones(()), x, noise, levels, embeds, frames)
     x_t = (1 - levels.added) * x + levels.added * noise
     x0 = x_t - levels.removed * flow
     expected = np.mean(np.square((x_t - x0) / levels.added - (noise - x))[:, 1:])
@@ -98,7 +99,7 @@ def test_difference_of_scores():
     x, noise = draw(0), draw(1)
     config = DistillationConfig()
     levels = dmd.NoiseLevels.of(SAMPLER, config).at(jnp.asarray([100, 900]))
-    teacher, critic = FakeScore(draw(2)), FakeScore(draw(3))
+    teacher, critic = (FakeScore(None, given=draw(seed)) for seed in (2, 3))
     params = {"teacher": jnp.ones(()), "critic": jnp.ones(())}
     prompt, negative = jnp.ones((2, 1, 1)), 0.5 * jnp.ones((2, 1, 1))
 

@@ -26,6 +26,7 @@ SAMPLER = SamplerConfig(
 )
 CONFIG = DistillationConfig(chunk_frames=8, new_frames=6, max_frames=26)
 LATENT = (2, 4, TRANSFORMER.in_channels)
+RUN = jax.jit(Rollout.run, static_argnums=0)
 
 
 @functools.cache
@@ -52,16 +53,19 @@ def draws_of(index: int, exit_step: int) -> RolloutDraws:
 def by_rollout(rollout, switch_frame: int, exit_steps):
     """Latents of some chunks, and the last state."""
     state, made = rollout.init(network()[1], 1, *LATENT[:2]), []
-    run = jax.jit(rollout.run)
     for index, exit_step in enumerate(exit_steps):
-        state, tape = run(network()[1], state, prompts_of(switch_frame), draws_of(index, exit_step))
+        state, tape = RUN(rollout, network()[1], state, prompts_of(switch_frame), draws_of(index, exit_step))
         made.append(rearrange(tape.latents, "n b f h w c -> b (n f) h w c"))
     return np.concatenate(made, axis=1), state
 
 
 def by_twin(rollout, switch_frame: int, exit_steps):
-    twin = Twin(rollout, network()[1], prompts_of(switch_frame))
-    return np.concatenate([twin.chunk(e, draws_of(i, e).noise) for i, e in enumerate(exit_steps)], axis=1)
+    @jax.jit
+    def run(params):
+        twin = Twin(rollout, params, prompts_of(switch_frame))
+        return jnp.concatenate([twin.chunk(e, draws_of(i, e).noise) for i, e in enumerate(exit_steps)], axis=1)
+
+    return run(network()[1])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,7 @@ def gradient(rollout, switch_frame: int, exit_steps):
     params, prompts = network()[1], prompts_of(switch_frame)
     state = rollout.init(params, 1, *LATENT[:2])
     for index, exit_step in enumerate(exit_steps[:-1]):
-        state, _ = jax.jit(rollout.run)(params, state, prompts, draws_of(index, exit_step))
+        state, _ = RUN(rollout, params, state, prompts, draws_of(index, exit_step))
     draws = draws_of(len(exit_steps) - 1, exit_steps[-1])
 
     def loss(params):
@@ -121,7 +125,7 @@ def twin_gradient(rollout, switch_frame: int, exit_steps):
         latents = [twin.chunk(e, draws_of(i, e).noise) for i, e in enumerate(exit_steps)][-1]
         return jnp.sum(latents * jnp.sin(jnp.arange(latents.size).reshape(latents.shape)))
 
-    return jax.grad(loss)(network()[1])
+    return jax.jit(jax.grad(loss))(network()[1])
 
 
 def distance(a, b) -> float:

@@ -17,7 +17,7 @@ from longlive_jax.training import lora
 from longlive_jax.training.config import DistillationConfig, Quirks, official_distillation
 from longlive_jax.training.dmd import Score
 from longlive_jax.training.rollout import Rollout
-from longlive_jax.training.state import Prompts
+from longlive_jax.training.state import Prompts, Tape
 from longlive_jax.training.streaming import Distillation, begin_as_video, last_picture
 
 SAMPLER = SamplerConfig(
@@ -104,7 +104,7 @@ def test_frames_that_count(parts, official, expected):
     config = dataclasses.replace(CONFIG, quirks=Quirks(score_before_switch=official))
     run = distillation(graphs, config)
     prompt = jnp.asarray([0, 1, 1])
-    tape = type("Tape", (), {"prompt": prompt})
+    tape = Tape(x=None, latents=None, clean=None, prompt=prompt)
     state = run.rollout.init(params["generator"], 1, 2, 4)
     new = jax.random.normal(jax.random.key(0), (1, 3, 2, 4, 4))
     window, frames = run._judged(params, state, new, tape, False)
@@ -153,7 +153,7 @@ def test_quirks_that_are_refused():
     with pytest.raises(UserError, match="did you mean 'zero'"):
         Quirks(sink="zeros")
     with pytest.raises(UserError, match="score_shift is -1"):
-        Quirks(score_shift=-1)
+        Quirks(score_shift=-1.0)
 
 
 def test_official_names():
