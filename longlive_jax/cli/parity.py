@@ -19,13 +19,17 @@ class Parity:
     Attributes:
       case: .npz files of the official implementation's inputs and outputs.
       checkpoint: folder, converted with --dtype float32.
-      atol: largest absolute error that passes.
+      atol: largest absolute error that passes (losses and gradients: 1e-4 and 1e-3 relative).
+      critic: weights of the critic, .safetensors under the original names, for training cases.
+      teacher: weights of the teacher, likewise.
       json_output: also write the report as JSON.
     """
 
     case: Annotated[tuple[Path, ...], tyro.conf.Positional]
     checkpoint: Path
     atol: float = 1e-4
+    critic: Path | None = None
+    teacher: Path | None = None
     json_output: Annotated[Path | None, tyro.conf.arg(name="json")] = None
 
     def run(self) -> int:
@@ -34,10 +38,12 @@ class Parity:
 
         if not self.case:
             raise UserError("no case given; name one or more .npz files")
+        networks = {"critic": self.critic, "teacher": self.teacher}
+        networks = {name: path for name, path in networks.items() if path is not None}
         entries, code = [], 0
         for path in self.case:
             try:
-                entry = run_case(self.checkpoint, path, self.atol)
+                entry = run_case(self.checkpoint, path, self.atol, networks)
             except UserError as error:
                 print(f"{path}: {error}")
                 code = 2
