@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from longlive_jax.errors import UserError
 from longlive_jax.training.stage_config import (
+    InitTrainConfig,
+    LongTrainConfig,
     StageConfig,
     StudentTrainConfig,
     TeacherTrainConfig,
@@ -23,7 +25,8 @@ from longlive_jax.training.stage_config import (
 )
 
 STAGES: dict[str, type[StageConfig]] = {
-    kind.stage: kind for kind in (VAETrainConfig, TeacherTrainConfig, StudentTrainConfig)
+    kind.stage: kind
+    for kind in (VAETrainConfig, TeacherTrainConfig, StudentTrainConfig, InitTrainConfig, LongTrainConfig)
 }
 
 
@@ -81,7 +84,7 @@ def train_command(args: Sequence[str]) -> Any:
         union |= stage
     return dataclasses.make_dataclass(
         "Train", [("stage", Annotated[union, tyro.conf.arg(name="")])],
-        namespace={"__doc__": "Train a stage: vae, teacher or ar.", "run": lambda self: self.stage.run()},
+        namespace={"__doc__": "Train a stage: vae, teacher, ar, init or long.", "run": lambda self: self.stage.run()},
     )  # fmt: skip
 
 

@@ -33,7 +33,8 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
-        return ocp.CheckpointManager(self.folder, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
@@ -94,11 +95,7 @@ class Checkpoints:
         """Refuses a checkpoint whose arrays have other names or shapes, naming the first that differs."""
         stored = self._manager.item_metadata(step)["state"]
         shapes = lambda tree: {_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
-        # Metadata is nested dicts; so is the state, once it is written.
-        found, wanted = (
-            shapes(getattr(stored, "tree", stored)),
-            shapes(ocp.tree.serialize_tree(abstract, keep_empty_nodes=False)),
-        )
+        found, wanted = shapes(getattr(stored, "tree", stored)), shapes(abstract)
         wrong = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
         if wrong:
             name = wrong[0]

@@ -7,11 +7,8 @@ of its own; `Quirks.reference()` is the official code, `Quirks()` is what we tra
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
-
-import jax
 
 from longlive_jax.config import SamplerConfig, replace, unknown_name
 from longlive_jax.errors import UserError
@@ -114,11 +111,9 @@ class DistillationConfig:
 
     def rematerialise(self) -> Callable | None:
         """`remat` as a wrapper for `run_layers`."""
-        if self.remat == "none":
-            return None
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-        # Inside a scan the compiler has nothing to merge the second computation with.
-        return functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+        from longlive_jax.training.remat import rematerialise  # here: settings are read without jax
+
+        return rematerialise(self.remat)
 
 
 OFFICIAL_NAMES = {

@@ -22,9 +22,9 @@ from longlive_jax.config import (
     unknown_name,
 )
 from longlive_jax.errors import UserError, collect, raise_all
+from longlive_jax.training.config import REMAT, DistillationConfig, Quirks
 
 DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "layer", "dots")
 
 
 def _check_phase(phase, negative: str | None) -> None:
@@ -297,11 +297,11 @@ class VAETrainConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerTrainConfig(StageConfig):
-    """What teacher and student share.
+class ModelTrainConfig(StageConfig):
+    """What all stages with a transformer share.
 
     Attributes:
-      phases: see `LatentPhase`.
+      phases: what is trained for how long.
       optimizer: see `OptimizerConfig`.
       run: see `RunConfig`.
       vae: checkpoint whose VAE makes the latents; that of `init` by default.
@@ -309,6 +309,40 @@ class TransformerTrainConfig(StageConfig):
       transformer: sizes.
       text_encoder: sizes.
       sampler: written into the checkpoint; its shift and block are those of training.
+    """
+
+    phases: tuple[Any, ...] = ()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+    vae: str | None = None
+    init: str | None = None
+    transformer: TransformerConfig = TransformerConfig.sprites()
+    text_encoder: TextEncoderConfig = TextEncoderConfig.sprites()
+    sampler: SamplerConfig = EULER
+
+    def __post_init__(self):
+        faults = []
+        with collect(faults):
+            super().__post_init__()
+        with collect(faults):
+            self.sampler.check_size(self.transformer.patch)
+        raise_all(faults)
+
+    def _tiny(self) -> dict[str, Any]:
+        text = TextEncoderConfig(vocab_size=128, dim=16, attention_dim=16, ffn_dim=32, num_heads=2, num_layers=1)
+        transformer = TransformerConfig(
+            dim=32, ffn_dim=64, num_layers=2, num_heads=2, text_dim=16, text_length=24, time_dim=32
+        )
+        sampler = dataclasses.replace(self.sampler, height=64, width=64, steps=self.sampler.steps[:2])
+        return {"vae": None, "init": None, "transformer": transformer, "text_encoder": text, "sampler": sampler}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerTrainConfig(ModelTrainConfig):
+    """What teacher and student share: training on clips.
+
+    Attributes:
+      phases: see `LatentPhase`.
       train_text_encoder: whether the text encoder learns too.
       prompt_dropout: share of clips whose prompt is left out, for guidance.
       latents: folder of cached latents to share between runs; in the output by default.
@@ -318,12 +352,6 @@ class TransformerTrainConfig(StageConfig):
 
     phases: tuple[LatentPhase, ...] = ()
     optimizer: OptimizerConfig = OptimizerConfig(final_rate=2e-5, spike=10.0)
-    run: RunConfig = RunConfig()
-    vae: str | None = None
-    init: str | None = None
-    transformer: TransformerConfig = TransformerConfig.sprites()
-    text_encoder: TextEncoderConfig = TextEncoderConfig.sprites()
-    sampler: SamplerConfig = EULER
     train_text_encoder: bool = True
     prompt_dropout: float = 0.0
     latents: str | None = None
@@ -336,20 +364,10 @@ class TransformerTrainConfig(StageConfig):
         if self.remat not in REMAT:
             faults.append(unknown_name("remat", self.remat, REMAT))
         _require(faults, 0 <= self.prompt_dropout < 1, f"prompt_dropout is {self.prompt_dropout}; from 0 to below 1")
-        with collect(faults):
-            self.sampler.check_size(self.transformer.patch)
         raise_all(faults)
 
     def _tiny(self) -> dict[str, Any]:
-        text = TextEncoderConfig(vocab_size=128, dim=16, attention_dim=16, ffn_dim=32, num_heads=2, num_layers=1)
-        transformer = TransformerConfig(
-            dim=32, ffn_dim=64, num_layers=2, num_heads=2, text_dim=16, text_length=24, time_dim=32
-        )
-        sampler = dataclasses.replace(EULER, steps=(1000.0, 500.0))
-        return {
-            "vae": None, "init": None, "latents": None, "transformer": transformer, "text_encoder": text,
-            "sampler": sampler,
-        }  # fmt: skip
+        return {**super()._tiny(), "latents": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,6 +409,114 @@ class StudentTrainConfig(TransformerTrainConfig):
                     faults.append(f"phase {phase.name}: {name} is {frames}; whole blocks of {block} are needed")
         _require(faults, 0 <= self.context_noise <= 1, f"context_noise is {self.context_noise}; 0 to 1 is allowed")
         raise_all(faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillPhase:
+    """A part of distillation.
+
+    Attributes:
+      name: of the phase.
+      steps: of training; the critic learns in each.
+      batch_size: videos a step, all streams together.
+      rate: learning rate of the student.
+      critic_rate: of the critic.
+    """
+
+    name: str
+    steps: int
+    batch_size: int
+    rate: float
+    critic_rate: float
+
+    def __post_init__(self):
+        _check_phase(self, "critic_rate" if self.critic_rate < 0 else None)
+
+    def shrunk(self) -> DistillPhase:
+        return dataclasses.replace(self, steps=6, batch_size=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillTrainConfig(ModelTrainConfig):
+    """What both stages of distillation share.
+
+    Attributes:
+      phases: see `DistillPhase`.
+      teacher: checkpoint of the bidirectional teacher.
+      critic: checkpoint whose transformer the critic starts from; the teacher's by default.
+      distillation: see `DistillationConfig`.
+      prompts: files of prompts, see `PromptSource`; those of the sprites world if there are none.
+      negative_prompt: what the teacher is guided away from.
+      student_every: the student learns in every so many steps.
+      lora_rank: of the adapters that student and critic learn; 0 to learn all parameters.
+      lora_alpha: scale of the adapters, times their rank.
+    """
+
+    phases: tuple[DistillPhase, ...] = ()
+    # LongLive 1.0's: no first moment, constant rate.
+    optimizer: OptimizerConfig = OptimizerConfig(b1=0.0, b2=0.999, clip=10.0, warmup=0, ema=0.0)
+    sampler: SamplerConfig = dataclasses.replace(SamplerConfig.sprites(), rope="absolute")
+    teacher: str | None = None
+    critic: str | None = None
+    distillation: DistillationConfig = DistillationConfig(max_frames=21)
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    student_every: int = 5
+    lora_rank: int = 0
+    lora_alpha: float = 256.0
+
+    def __post_init__(self):
+        faults = []
+        for check in (super().__post_init__, lambda: self.distillation.check(self.sampler)):
+            with collect(faults):
+                check()
+        if self.sampler.rope == "auto":
+            faults.append("sampler: rope is 'auto'; training needs it decided: absolute or relative")
+        _require(faults, self.student_every >= 1, f"student_every is {self.student_every}; 1 or more is needed")
+        _require(faults, self.lora_rank >= 0, f"lora_rank is {self.lora_rank}; 0 (for none) or more is allowed")
+        raise_all(faults)
+
+    def _tiny(self) -> dict[str, Any]:
+        block = self.sampler.block_frames
+        sampler = {"window": self.sampler.sink_frames + 2 * block} if self.sampler.window != -1 else {}
+        tiny = super()._tiny()
+        chunks = 3 if self.distillation.max_frames > self.distillation.chunk_frames else 1
+        distillation = dataclasses.replace(
+            self.distillation, chunk_frames=3 * block, new_frames=2 * block, max_frames=(1 + 2 * chunks) * block
+        )
+        return tiny | {
+            "sampler": dataclasses.replace(tiny["sampler"], **sampler), "teacher": None, "critic": None, "prompts": (),
+            "distillation": distillation, "lora_rank": min(self.lora_rank, 2), "student_every": 2,
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class InitTrainConfig(DistillTrainConfig):
+    """Distil the causal student on single chunks (self-forcing, distribution matching)."""
+
+    stage: ClassVar[str] = "init"
+    phases: tuple[DistillPhase, ...] = (DistillPhase("self-forcing", 700, 64, 2e-6, 4e-7),)
+    optimizer: OptimizerConfig = OptimizerConfig(b1=0.0, b2=0.999, clip=10.0, warmup=0, ema=0.99, ema_start=40)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.distillation.starts) > 1:
+            raise UserError(f"init: max_frames {self.distillation.max_frames} makes several chunks; that is stage long")
+
+
+@dataclasses.dataclass(frozen=True)
+class LongTrainConfig(DistillTrainConfig):
+    """Tune the few-step student on long videos with a prompt switch, streaming."""
+
+    stage: ClassVar[str] = "long"
+    phases: tuple[DistillPhase, ...] = (DistillPhase("streaming", 3000, 64, 1e-5, 2e-6),)
+    distillation: DistillationConfig = DistillationConfig(quirks=Quirks())
+    lora_rank: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.distillation.starts) < 2:
+            raise UserError("long: max_frames leaves room for one chunk only; that is stage init")
 
 
 # MARK: files

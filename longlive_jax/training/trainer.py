@@ -163,8 +163,9 @@ class _Loop:
     # MARK: state
 
     def _teaching(self, phase) -> dict[str, Teaching]:
-        optimizer = make_optimizer(self.config.optimizer, phase.rate, phase.steps)
-        return {name: Teaching(optimizer, self.config.optimizer) for name in self.names}
+        config = self.config.optimizer
+        make = lambda name: make_optimizer(config, self.stage.rate(phase, name), phase.steps)
+        return {name: Teaching(make(name), config) for name in self.names}
 
     def _begin(self, params: dict[str, Any], phase) -> TrainState:
         teaching = self._teaching(phase)

@@ -11,9 +11,10 @@ from longlive_jax.training.stages.base import Stage
 
 def stage_of(config: StageConfig, output: Path, say: Callable[[str], None]) -> Stage:
     """The stage that a config is of."""
+    from longlive_jax.training.stages.distillation import InitStage, LongStage
     from longlive_jax.training.stages.student import StudentStage
     from longlive_jax.training.stages.teacher import TeacherStage
     from longlive_jax.training.stages.vae import VAEStage
 
-    kinds = {kind.name: kind for kind in (VAEStage, TeacherStage, StudentStage)}
+    kinds = {kind.name: kind for kind in (VAEStage, TeacherStage, StudentStage, InitStage, LongStage)}
     return kinds[config.stage](config, output, say)

@@ -43,6 +43,10 @@ class Stage:
         """First parameters of what is trained, by learner and network; and of frozen networks by name."""
         raise NotImplementedError
 
+    def rate(self, phase: Any, learner: str) -> float:
+        """Peak learning rate of a learner."""
+        return phase.rate
+
     def carry(self) -> Any:
         """What a stream needs of its past, before its first step; leading axes [streams / devices, devices]."""
         return ()

@@ -1,4 +1,4 @@
-"""What teacher and student share: a transformer and its text encoder on cached latents of the sprites world."""
+"""What stages with a transformer share; and those that learn from cached latents of the sprites world."""
 
 from __future__ import annotations
 
@@ -31,12 +31,8 @@ CLIP_SEED = 7
 """Names the sprites clips that transformers learn from."""
 
 
-class TransformerStage(Stage):
-    """The learner is "student" or "teacher", with the networks "transformer" and (if it is trained) "text_encoder"."""
-
-    learner: str
-    whole_clips: bool
-    """Whether a prompt holds for its whole clip, and training sequences begin with it."""
+class ModelStage(Stage):
+    """Networks, tokeniser and sizes, from checkpoints or made."""
 
     def __init__(self, config, output, say):
         super().__init__(config, output, say)
@@ -77,6 +73,35 @@ class TransformerStage(Stage):
             faults += [f"{part}.{n} is {old[n]}, the settings say {new[n]}" for n in old if old[n] != new[n]]
         raise_all(faults, f"init {self.config.init} is of another model: ")
 
+    def first_params(self) -> dict[str, Any]:
+        """Transformer and text encoder, of `init` or newly drawn."""
+        seed = self.config.run.seed
+        makers = {
+            "transformer": lambda: WanTransformer(self.model.transformer, rngs=nnx.Rngs(3 * seed + 1)),
+            "text_encoder": lambda: TextEncoder(self.model.text_encoder, rngs=nnx.Rngs(3 * seed + 2)),
+        }
+        if self._init is not None:
+            return {part: checkpoint.load(self._init, part, np.float32) for part in makers}
+        return {part: nnx.to_pure_dict(nnx.state(make())) for part, make in makers.items()}
+
+    @functools.cache  # noqa: B019 - a stage lives as long as its run
+    def _vae_params(self):
+        if self._vae_folder is not None:
+            return checkpoint.load(self._vae_folder, "vae", np.float32)
+        return nnx.to_pure_dict(nnx.state(VAE(self.model.vae, rngs=nnx.Rngs(0))))
+
+
+class TransformerStage(ModelStage):
+    """The learner is "student" or "teacher", with the networks "transformer" and (if it is trained) "text_encoder"."""
+
+    learner: str
+    whole_clips: bool
+    """Whether a prompt holds for its whole clip, and training sequences begin with it."""
+
+    def __init__(self, config, output, say):
+        super().__init__(config, output, say)
+        check_sprites_size(config.sampler)
+
     @property
     def _trained(self) -> tuple[str, ...]:
         return ("transformer", "text_encoder") if self.config.train_text_encoder else ("transformer",)
@@ -111,22 +136,7 @@ class TransformerStage(Stage):
         return phase.frames
 
     def parameters(self):
-        seed = self.config.run.seed
-        makers = {
-            "transformer": lambda: WanTransformer(self.model.transformer, rngs=nnx.Rngs(3 * seed + 1)),
-            "text_encoder": lambda: TextEncoder(self.model.text_encoder, rngs=nnx.Rngs(3 * seed + 2)),
-        }
-        if self._init is not None:
-            parts = {part: checkpoint.load(self._init, part, np.float32) for part in makers}
-        else:
-            parts = {part: nnx.to_pure_dict(nnx.state(make())) for part, make in makers.items()}
-        return self._parted(parts, self._vae_params())
-
-    @functools.cache  # noqa: B019 - a stage lives as long as its run
-    def _vae_params(self):
-        if self._vae_folder is not None:
-            return checkpoint.load(self._vae_folder, "vae", np.float32)
-        return nnx.to_pure_dict(nnx.state(VAE(self.model.vae, rngs=nnx.Rngs(0))))
+        return self._parted(self.first_params(), self._vae_params())
 
     def source(self, phase: LatentPhase, seed: int) -> LatentSource:
         # Clips of one block do not change.
