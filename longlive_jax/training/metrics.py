@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -100,4 +101,6 @@ def _wandb(project: str, folder: Path, config: dict | None):
     except ImportError:
         raise UserError(f"run.wandb is '{project}', but wandb is not installed: pip install wandb") from None
     # A run that goes on is the same run there.
-    return wandb.init(project=project, dir=str(folder), config=config, id=Path(folder).absolute().name, resume="allow")
+    path = str(Path(folder).absolute())
+    name = f"{Path(path).name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    return wandb.init(project=project, dir=path, config=config, id=name, resume="allow")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -69,7 +70,7 @@ def required_memory(stage: Stage) -> dict[str, int]:
         "averaged weights": weights * run.data if optimizer.ema else 0,
         # A stream's gradient is whole on its device before it is summed; with several times, the sum is beside it.
         "gradients": weights * run.devices * (1 if run.streams == run.devices else 2),
-        "frozen networks": 4 * count(frozen) * run.data,
+        "frozen networks": jnp.dtype(run.dtype).itemsize * count(frozen) * run.data,
         **{name: size * run.devices for name, size in largest.items()},
     }
 
@@ -111,8 +112,9 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
     check_memory(stage, mesh)
     claim(output, stage.config, stage.sources, resume=resume)
     checkpoints = Checkpoints(output / "state", keep=run.keep, say=reporter.say)
-    loop = _Loop(stage, output, reporter, checkpoints, mesh)
+    loop = None
     try:
+        loop = _Loop(stage, output, reporter, checkpoints, mesh)
         loop.run()
         return loop.finish()
     except BaseException as error:
@@ -127,7 +129,8 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
         raise
     finally:
         checkpoints.close()
-        loop.close()
+        if loop is not None:
+            loop.metrics.close()
 
 
 class _Loop:
@@ -137,7 +140,7 @@ class _Loop:
         self.stage, self.config, self.output, self.mesh = stage, stage.config, output, mesh
         self.reporter, self.checkpoints = reporter, checkpoints
         params, frozen = stage.parameters()
-        self.frozen = put(frozen, mesh)
+        self.frozen = put(jax.tree.map(lambda a: a.astype(self.config.run.dtype), frozen), mesh)
         self.names = tuple(params)
         self.iterator = None
         self.state = self._begin(params, self.config.phases[0])
@@ -156,9 +159,6 @@ class _Loop:
         self.marked = self.started = time.monotonic()
         self.stopped_by: int | None = None
         self.flops: dict[Any, float] = {}
-
-    def close(self) -> None:
-        self.metrics.close()
 
     # MARK: state
 
@@ -218,10 +218,10 @@ class _Loop:
             last = self.step == end
             if self.step % run.log_every == 0 or last:
                 self._log(phase)
-            if last or (run.validate_every and self.step % run.validate_every == 0):
-                self._validate()
             if self.step % run.save_every == 0 or last:
                 self._save()
+            if last or (run.validate_every and self.step % run.validate_every == 0):
+                self._validate()
             self._stop_if_asked()
 
     def _batch(self) -> Any:
@@ -270,7 +270,9 @@ class _Loop:
 
     def _save(self) -> None:
         began = time.monotonic()
-        self.checkpoints.save(self.step, self.state, self.iterator)
+        # On a CPU arrays are written from where they are, while the next step has them overwritten: it gets others.
+        state = jax.tree.map(jnp.copy, self.state) if jax.default_backend() == "cpu" else self.state
+        self.checkpoints.save(self.step, state, self.iterator)
         self.saved = self.step
         self.clock["save"] += time.monotonic() - began
 
@@ -307,8 +309,10 @@ class _Loop:
         self.checkpoints.wait()
         if self.checkpoints.latest != self.step:
             raise UserError(f"the last checkpoint could not be written to {self.checkpoints.folder}; free some space")
-        best = {name: learner.best for name, learner in self.state.learners.items()}
-        best, frozen = jax.device_get((best, self.frozen))
+        best = jax.device_get({name: learner.best for name, learner in self.state.learners.items()})
+        frozen = jax.device_get(self.frozen)
+        if self.config.run.dtype != "float32":
+            _, frozen = self.stage.parameters()  # what is handed on is not rounded
         folder = self.output / "checkpoint"
         provenance = {
             "stage": self.stage.name, "steps": self.step, "made": time.strftime("%Y-%m-%d"),
