@@ -5,6 +5,7 @@ x_t = (1 - sigma) x0 + sigma eps, the network predicts eps - x0 (training.md A.2
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -86,19 +87,19 @@ def euler_sample(
     graph, params = nnx.split(model)
     u = jnp.linspace(1.0, 0.0, steps + 1)
     sigmas = shift * u / (1 + (shift - 1) * u)
-    both = jnp.concatenate([prompt_embeds, empty_embeds])
+    return _euler(graph, params, jnp.concatenate([prompt_embeds, empty_embeds]), noise, sigmas, guidance)
 
-    @jax.jit
-    def sample(params, both, noise):
-        model = nnx.merge(graph, params)
-        text_kv = model.text_kv(both)
 
-        def step(x, pair):
-            sigma, after = pair
-            timesteps = jnp.full((2 * x.shape[0], x.shape[1]), 1000 * sigma)
-            with_prompt, without = jnp.split(model.bidirectional(jnp.concatenate([x, x]), timesteps, text_kv), 2)
-            return x + (after - sigma) * (without + guidance * (with_prompt - without)), None
+@functools.partial(jax.jit, static_argnums=0)
+def _euler(graph, params, embeds, noise, sigmas, guidance):
+    """Prompted and unprompted flows are one batch."""
+    model = nnx.merge(graph, params)
+    text_kv = model.text_kv(embeds)
 
-        return jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))[0]
+    def step(x, pair):
+        sigma, after = pair
+        timesteps = jnp.full((2 * x.shape[0], x.shape[1]), 1000 * sigma)
+        with_prompt, without = jnp.split(model.bidirectional(jnp.concatenate([x, x]), timesteps, text_kv), 2)
+        return x + (after - sigma) * (without + guidance * (with_prompt - without)), None
 
-    return sample(params, both, noise)
+    return jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +10,9 @@ from typing import Any, ClassVar
 import grain
 import jax
 import numpy as np
+from flax import nnx
 
+from longlive_jax.decoding.decoder import to_uint8
 from longlive_jax.training.stage_config import StageConfig
 from longlive_jax.training.step import Turn
 
@@ -89,6 +92,13 @@ class Stage:
         # Two threads: a batch is drawn while the one before is computed. More would take the cores from a CPU run.
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         return iter(dataset.batch(run.streams).to_iter_dataset(options))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decoded(graph: nnx.GraphDef, params: Any, latents: jax.Array) -> jax.Array:
+    """Latents as pixels uint8 [B, T, H, W, 3], by a VAE."""
+    pixels, _ = nnx.merge(graph, params).decode(latents)
+    return to_uint8(pixels)
 
 
 def side_by_side(videos: np.ndarray, columns: int) -> np.ndarray:

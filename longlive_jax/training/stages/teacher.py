@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -15,7 +14,7 @@ from longlive_jax.models.vae import VAE
 from longlive_jax.training.batch import Batch
 from longlive_jax.training.flow_matching import euler_sample, flow_matching_loss
 from longlive_jax.training.remat import rematerialise
-from longlive_jax.training.stages.base import side_by_side
+from longlive_jax.training.stages.base import decoded, side_by_side
 from longlive_jax.training.stages.transformer import TransformerStage, test_prompts
 from longlive_jax.training.step import Turn
 
@@ -59,8 +58,5 @@ class TeacherStage(TransformerStage):
             model, text(tokens.ids, tokens.mask), text(empty.ids, empty.mask), noise, guidance=GUIDANCE, steps=STEPS,
             shift=sampler.shift,
         )  # fmt: skip
-        vae = nnx.merge(structure(lambda: VAE(self.model.vae, rngs=nnx.Rngs(0))), params["vae"])
-        graph, vae_params = nnx.split(vae)
-        pixels = jax.jit(lambda p, z: nnx.merge(graph, p).decode(z)[0])(vae_params, latents)
-        video = np.asarray(jnp.clip(jnp.round((pixels + 1) * 127.5), 0, 255), np.uint8)
+        video = np.asarray(decoded(structure(lambda: VAE(self.model.vae, rngs=nnx.Rngs(0))), params["vae"], latents))
         return {}, side_by_side(video, 2)

@@ -20,7 +20,7 @@ from longlive_jax.errors import UserError
 from longlive_jax.models.layers import structure
 from longlive_jax.models.vae import VAE
 from longlive_jax.training.stage_config import VAEPhase
-from longlive_jax.training.stages.base import Stage, side_by_side
+from longlive_jax.training.stages.base import Stage, decoded, side_by_side
 from longlive_jax.training.step import Turn
 from longlive_jax.training.vae import inflate, latent_statistics, vae_loss
 
@@ -89,8 +89,9 @@ class VAEStage(Stage):
 
     def validate(self, best, frozen):
         clips = np.stack([make_clip(998, i, FRAMES, "test")["frames"] for i in range(4)])
-        pixels = _reconstruct(self._graph, best["vae"]["vae"], jnp.asarray(clips, jnp.float32) / 127.5 - 1)
-        made = np.asarray(jnp.clip(jnp.round((pixels + 1) * 127.5), 0, 255), np.uint8)
+        params = best["vae"]["vae"]
+        latents = _encoded(self._graph, params, jnp.asarray(clips, jnp.float32) / 127.5 - 1)
+        made = np.asarray(decoded(self._graph, params, latents))
         error = np.mean(np.abs(made.astype(float) - clips)) / 127.5
         return {"validation_l1": float(error)}, side_by_side(np.concatenate([clips, made]), len(clips))
 
@@ -123,6 +124,5 @@ def _turns(graph, emphasis: float, kl_weight: float, dtype: str) -> tuple[Turn, 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reconstruct(graph, params, video):
-    vae = nnx.merge(graph, params)
-    return vae.decode(vae.encode(video)[0])[0]
+def _encoded(graph, params, video):
+    return nnx.merge(graph, params).encode(video)[0]
