@@ -1,11 +1,14 @@
 """Every stage runs through at tiny sizes, from the command line, each starting from what the one before left."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from longlive_jax import checkpoint
 from longlive_jax.cli import main
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments" / "sprites"
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +22,12 @@ def longlive(*args):
     return caught.value.code
 
 
-@pytest.mark.parametrize("stage", ["vae", "teacher", "ar", "init", "long"])
+@pytest.mark.parametrize(
+    "stage", ["vae", "teacher", "ar", *(pytest.param(s, marks=pytest.mark.slow) for s in ("init", "long"))]
+)
 def test_stage(tmp_path, capsys, stage):
     output = tmp_path / stage
-    config = f"experiments/sprites/{stage}.yaml"
+    config = str(EXPERIMENTS / f"{stage}.yaml")
     assert longlive("train", stage, "--config", config, "--smoke", "--output", str(output)) == 0
     folder, steps = output / "checkpoint", 6 if stage in ("init", "long") else 4
     assert f"{folder}: stage {stage} is done after {steps} steps" in capsys.readouterr().out
