@@ -10,6 +10,7 @@ OUTPUT/checkpoint/         at the end: what the next stage and `longlive generat
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import threading
 import time
@@ -62,12 +63,13 @@ def required_memory(stage: Stage) -> dict[str, int]:
     run, optimizer = stage.config.run, stage.config.optimizer
     count = lambda tree: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
     weights = 4 * count(learners)
+    averaged = 4 * count({name: params for name, params in learners.items() if stage.averages(name)})
     phases = [stage.activations(phase) for phase in stage.config.phases]
     largest = max(phases, key=lambda parts: sum(parts.values()))
     return {
         "weights": weights * run.data,
         "optimiser": weights * run.data * (2 if optimizer.b1 else 1),
-        "averaged weights": weights * run.data if optimizer.ema else 0,
+        "averaged weights": averaged * run.data if optimizer.ema else 0,
         # A stream's gradient is whole on its device before it is summed; with several times, the sum is beside it.
         "gradients": weights * run.devices * (1 if run.streams == run.devices else 2),
         "frozen networks": jnp.dtype(run.dtype).itemsize * count(frozen) * run.data,
@@ -163,9 +165,14 @@ class _Loop:
     # MARK: state
 
     def _teaching(self, phase) -> dict[str, Teaching]:
-        config = self.config.optimizer
-        make = lambda name: make_optimizer(config, self.stage.rate(phase, name), phase.steps)
-        return {name: Teaching(make(name), config) for name in self.names}
+        teaching = {}
+        for name in self.names:
+            config = self.config.optimizer
+            if not self.stage.averages(name):
+                config = dataclasses.replace(config, ema=0.0)
+            optimizer = make_optimizer(config, self.stage.rate(phase, name), phase.steps)
+            teaching[name] = Teaching(optimizer, config)
+        return teaching
 
     def _begin(self, params: dict[str, Any], phase) -> TrainState:
         teaching = self._teaching(phase)

@@ -29,11 +29,17 @@ def simulated(steps: int, chunks: int, every: int):
         yield turns
 
 
-@pytest.mark.parametrize(("chunks", "every"), [(13, 5), (1, 5), (3, 2), (4, 1)])
+@pytest.mark.parametrize(("chunks", "every"), [(13, 5), (3, 2), (4, 1)])
 def test_schedule_is_the_walk(chunks, every):
     schedule = ChunkSchedule(chunks, every)
     for step, turns in enumerate(simulated(100, chunks, every)):
         assert schedule.turns(step) == turns
+
+
+def test_single_chunks_of_a_step_share_their_prompts():
+    schedule = ChunkSchedule(1, 5)
+    assert schedule.turns(10) == [("generator", 10, 0), ("critic", 10, 0)]
+    assert schedule.turns(11) == [("critic", 11, 0)]
 
 
 def test_every_chunk_of_a_video_teaches_the_student():

@@ -50,6 +50,10 @@ class Stage:
         """Peak learning rate of a learner."""
         return phase.rate
 
+    def averages(self, learner: str) -> bool:
+        """Whether a learner's weights are averaged (if the settings say so at all)."""
+        return True
+
     def carry(self) -> Any:
         """What a stream needs of its past, before its first step; leading axes [streams / devices, devices]."""
         return ()

@@ -92,6 +92,8 @@ class ChunkSchedule:
         student = step % self.student_every == 0
         before = step + -(-step // self.student_every)  # every step one, every student's step one more
         names = ["generator", "critic"] if student else ["critic"]
+        if self.chunks == 1:  # both turns of a step make videos of their own, of the same prompts
+            return [(name, step, 0) for name in names]
         return [(name, *divmod(before + i, self.chunks)) for i, name in enumerate(names)]
 
 
@@ -222,6 +224,9 @@ class DistillStage(ModelStage):
 
     def rate(self, phase, learner):
         return phase.critic_rate if learner == "critic" else phase.rate
+
+    def averages(self, learner):
+        return learner == "generator"
 
     def activations(self, phase: DistillPhase) -> dict[str, int]:
         rows, columns, _ = self._latent
