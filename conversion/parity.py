@@ -24,6 +24,7 @@ from flax import nnx
 from longlive_jax import checkpoint, schedule
 from longlive_jax.config import unknown_name
 from longlive_jax.conversion.rollout import rollout
+from longlive_jax.conversion.training_parity import streaming_training
 from longlive_jax.errors import UserError
 from longlive_jax.models.layers import structure
 
@@ -37,12 +38,14 @@ class Case:
       kind: which function of `KINDS` runs it.
       meta: its settings, under the official names.
       arrays: inputs and expected outputs.
+      networks: files of further networks, by name ("critic", "teacher").
     """
 
     path: Path
     kind: str
     meta: dict[str, Any]
     arrays: dict[str, np.ndarray]
+    networks: dict[str, Path] = dataclasses.field(default_factory=dict)
 
     def get(self, name: str, pattern: str) -> np.ndarray:
         """An array; `pattern` names its axes, such as "b f c h w". Raises UserError if it is not there or differs."""
@@ -76,8 +79,8 @@ def read_case(path: str | Path) -> Case:
     return Case(path, kind, meta, arrays)
 
 
-Outputs = dict[str, tuple[np.ndarray, np.ndarray]]
-"""(ours, expected) of every quantity that is compared."""
+Outputs = dict[str, tuple]
+"""(ours, expected) of every quantity that is compared; or (ours, expected, rtol) where the relative error decides."""
 
 
 def load_part(folder: str | Path, part: str) -> Callable[..., Any]:
@@ -119,19 +122,26 @@ def text(folder: str | Path, case: Case) -> Outputs:
 KINDS: dict[str, Callable[[str | Path, Case], Outputs]] = {
     "bidirectional": bidirectional,
     "rollout": rollout,
+    "streaming_training": streaming_training,
     "text": text,
     "vae": vae,
 }
 """What runs a case of each kind on a checkpoint folder."""
 
 
-def run_case(checkpoint_folder: str | Path, case_file: str | Path, atol: float = 1e-4) -> dict[str, Any]:
+def run_case(
+    checkpoint_folder: str | Path,
+    case_file: str | Path,
+    atol: float = 1e-4,
+    networks: dict[str, Path] | None = None,
+) -> dict[str, Any]:
     """Runs one case.
 
     Args:
       checkpoint_folder: converted from the weights that `meta.weights` of the case names.
       case_file: the `.npz`.
       atol: the largest absolute error that is ok.
+      networks: files of the networks that the case needs besides the checkpoint, by name.
 
     Returns:
       `{"case", "kind", "max_abs", "rms", "ok", "quantities": {name: {"max_abs", "rms", "rel", "ok"}}}`; max_abs is the
@@ -140,7 +150,7 @@ def run_case(checkpoint_folder: str | Path, case_file: str | Path, atol: float =
     Raises:
       UserError: the case or the checkpoint cannot be read, or they do not fit each other.
     """
-    case = read_case(case_file)
+    case = dataclasses.replace(read_case(case_file), networks=networks or {})
     if case.kind not in KINDS:
         raise UserError(f"{case_file}: {unknown_name('kind', str(case.kind), KINDS)}")
     with exact(case, checkpoint_folder):
@@ -163,17 +173,18 @@ def exact(case: Case, checkpoint_folder: str | Path) -> Iterator[None]:
 def compare(case: Case, outputs: Outputs, atol: float) -> dict[str, Any]:
     """The entry of a case that has been run, see `run_case`."""
     quantities, squares, count = {}, 0.0, 0
-    for name, (ours, expected) in outputs.items():
+    for name, (ours, expected, *rtol) in outputs.items():
         if ours.shape != expected.shape:
             raise UserError(f"{case.path}: '{name}' is {list(expected.shape)}, ours {list(ours.shape)}")
         expected = np.asarray(expected, np.float64)
         error = np.asarray(ours, np.float64) - expected
         worst = float(np.max(np.abs(error)))
+        rel = float(np.linalg.norm(error) / max(np.linalg.norm(expected), 1e-30))
         quantities[name] = {
             "max_abs": worst,
             "rms": float(np.sqrt(np.mean(error**2))),
-            "rel": float(np.linalg.norm(error) / max(np.linalg.norm(expected), 1e-30)),
-            "ok": bool(worst <= atol),
+            "rel": rel,
+            "ok": bool(rel <= rtol[0] if rtol else worst <= atol),
         }
         squares, count = squares + float(np.sum(error**2)), count + error.size
     return {

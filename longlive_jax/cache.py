@@ -15,6 +15,7 @@ layers or one a layer.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,3 +127,20 @@ def write_frames(
     one = jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False)
     one = one.at[:, slots].set(frames, unique_indices=True)
     return jax.lax.dynamic_update_index_in_dim(buffer, one, layer, 0)
+
+
+SLOT_AXIS = -4
+"""Of a buffer, with or without a layer axis."""
+
+
+def take_frames(buffers: Any, window: Window, count: Int[Array, ""], frames: int) -> Any:
+    """The `frames` frames that come after `count` others, out of the buffers of all layers: an array or a tuple."""
+    slots = window.slot(count + jnp.arange(frames))
+    return jax.tree.map(lambda buffer: jnp.take(buffer, slots, axis=SLOT_AXIS), buffers)
+
+
+def put_frames(buffers: Any, frames: Any, window: Window, count: Int[Array, ""]) -> Any:
+    """The inverse of `take_frames`."""
+    slots = window.slot(count + jnp.arange(jax.tree.leaves(frames)[0].shape[SLOT_AXIS]))
+    put = lambda buffer, new: buffer.at[..., slots, :, :, :].set(new.astype(buffer.dtype), unique_indices=True)
+    return jax.tree.map(put, buffers, frames)

@@ -15,8 +15,15 @@ from pathlib import Path
 import jaxtyping
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
-# Not `cache` and `decoding.state`: JAX builds the pytrees there of whatever a `tree.map` gives.
-CHECKED = ("decoding.decoder", "decoding.switch", "models", "schedule", "training")
+# Not `cache`, `decoding.state`, `training.state`: JAX builds the pytrees there of whatever a `tree.map` gives.
+TRAINING = Path(__file__).parents[1] / "longlive_jax" / "training"
+CHECKED = (
+    "decoding.decoder",
+    "decoding.switch",
+    "models",
+    "schedule",
+    *(f"training.{file.stem}" for file in TRAINING.glob("[a-z]*.py") if file.stem != "state"),
+)
 warnings.filterwarnings("ignore", ".*deprecated by PEP 585")  # beartype on `typing.MutableSequence` in flax
 jaxtyping.install_import_hook([f"longlive_jax.{module}" for module in CHECKED], "beartype.beartype")
 

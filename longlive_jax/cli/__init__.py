@@ -10,6 +10,7 @@ import tyro
 from longlive_jax.cli.convert import Convert
 from longlive_jax.cli.generate import Generate
 from longlive_jax.cli.parity import Parity
+from longlive_jax.cli.train import train_command
 from longlive_jax.errors import UserError
 
 
@@ -19,13 +20,16 @@ def _subcommand(kind: type):
     return Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), description=summary)]
 
 
-Command = _subcommand(Generate) | _subcommand(Convert) | _subcommand(Parity)
+def _command(args: list[str]):
+    """All subcommands; the options of `train` depend on its config file."""
+    return _subcommand(Generate) | _subcommand(Convert) | _subcommand(Parity) | _subcommand(train_command(args))
 
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command line; exits 0 on success, 1 on a user's error, 2 on wrong usage, 130 on Ctrl-C."""
-    command = tyro.cli(Command, prog="longlive", args=args, config=(tyro.conf.FlagCreatePairsOff,))
+    args = sys.argv[1:] if args is None else args
     try:
+        command = tyro.cli(_command(args), prog="longlive", args=args, config=(tyro.conf.FlagCreatePairsOff,))
         code = command.run()
     except UserError as error:
         print("longlive:", str(error).replace("\n", " "), file=sys.stderr)

@@ -20,7 +20,9 @@ class Parity:
     Attributes:
       case: .npz files of the official implementation's inputs and outputs.
       checkpoint: folder, converted with --dtype float32; with --torch-repo it may be left out.
-      atol: largest absolute error that passes.
+      atol: largest absolute error that passes (losses and gradients: 1e-4 and 1e-3 relative).
+      critic: weights of the critic, .safetensors under the original names, for training cases.
+      teacher: weights of the teacher, likewise.
       json_output: also write the report as JSON.
       torch_repo: in place of cases, a clone of the official repository (branch v1.0) to run now on the options below.
       output: with --torch-repo, keep the recorded case here.
@@ -30,6 +32,8 @@ class Parity:
     case: Annotated[tuple[Path, ...], tyro.conf.Positional]
     checkpoint: Path | None = None
     atol: float = 1e-4
+    critic: Path | None = None
+    teacher: Path | None = None
     json_output: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     torch_repo: Path | None = None
     output: Path | None = None
@@ -54,10 +58,12 @@ class Parity:
             raise UserError("no case given; name one or more .npz files, or --torch-repo")
         if self.checkpoint is None:
             raise UserError("no checkpoint given; name a folder by --checkpoint")
+        networks = {"critic": self.critic, "teacher": self.teacher}
+        networks = {name: path for name, path in networks.items() if path is not None}
         entries, code = [], 0
         for path in self.case:
             try:
-                entry = run_case(self.checkpoint, path, self.atol)
+                entry = run_case(self.checkpoint, path, self.atol, networks)
             except UserError as error:
                 print(f"{path}: {error}")
                 code = 2

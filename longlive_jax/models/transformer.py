@@ -224,7 +224,7 @@ class WanTransformer(nnx.Module):
         text_kv: TextKV,
         cache: KVCache,
         window: Window,
-        position: Int[Array, ""],
+        position: Int[Array, ""] | Int[Array, " t"],
         *,
         valid: Int[Array, ""] | None = None,
     ) -> tuple[Num[Array, "b t h w c"], KVCache]:
@@ -239,28 +239,13 @@ class WanTransformer(nnx.Module):
           text_kv: of the prompt.
           cache: frames so far.
           window: which slot a frame goes to.
-          position: absolute temporal position of the first frame, below 1024 - t; not used with relative RoPE.
+          position: absolute temporal position of the first frame, or of every frame (`[t]`) if they do not follow each
+            other; below 1024. Not used with relative RoPE.
           valid: how many of the frames exist, if not all; what is computed for the others means nothing.
         """
-        b, t, rows, columns = self._grid(x)
-        n, after = rows * columns, cache.count + (t if valid is None else valid)
-        turn = lambda positions: rope.rotation(positions, rows, columns, self.cfg.head_dim, self.cfg.rope_theta)
-        if window.relative:
-            slot_positions = window.positions(after)
-            turn_keys = turn(slot_positions)
-            turn_queries = turn(slot_positions[window.slot(cache.count + jnp.arange(t))])
-        else:
-            turn_queries = turn(position + jnp.arange(t))
-
-        def attend(remember, q, k, v):
-            q = rope.rotate(q, turn_queries)
-            k, v, buffers = remember(k if window.relative else rope.rotate(k, turn_queries), v)
-            k = rope.rotate(k, turn_keys) if window.relative else k
-            q, k, v = (rearrange(a, "b t n h d -> b (t n) h d").astype(x.dtype) for a in (q, k, v))
-            y = attention(q, k, v, key_length=window.length(after) * n)
-            return y.reshape(b, t, n, *q.shape[2:]), buffers
-
-        put = functools.partial(write_frames, window=window, count=cache.count)
+        t, count = x.shape[1], cache.count
+        attend = self._cached_attention(x, count, window, position, t if valid is None else valid)
+        put = functools.partial(write_frames, window=window, count=count)
 
         def scanned(block, carry, xs):
             # The buffers are carried and written in place: as xs and ys of the scan a second cache would be made.
@@ -291,6 +276,67 @@ class WanTransformer(nnx.Module):
             tokens, buffers = run_layers(self.blocks, unrolled, tokens, list(zip(text_kv, cache.k, cache.v)))
             keys, values = zip(*buffers)
         return self._unpatchify(self.head(tokens, e), x), cache.replace(k=keys, v=values)
+
+    def causal_reading(
+        self,
+        x: Num[Array, "b t h w c"],
+        timesteps: Float[Array, "b t"],
+        text_kv: TextKV,
+        cache: KVCache,
+        window: Window,
+        position: Int[Array, ""],
+        *,
+        remat: Callable | None = None,
+    ) -> tuple[Num[Array, "b t h w c"], tuple[Any, Any]]:
+        """As `causal`, but the cache is only read, and the frames' own keys and values come back beside the flow.
+
+        For gradients: `causal` carries the buffers from layer to layer, and rematerialisation would keep all of them
+        for every layer.
+
+        Args:
+          x, timesteps, text_kv, cache, window, position: see `causal`.
+          remat: see `run_layers`.
+
+        Returns:
+          The flow; and keys and values `[layer, B, T, n, H, d]` (or a tuple of layers), as the cache would store them.
+        """
+        attend = self._cached_attention(x, cache.count, window, position, x.shape[1])
+        put = functools.partial(write_frames, window=window, count=cache.count)
+
+        def layer(block, tokens, xs):
+            kv, keys, values = xs
+            remember = lambda k, v: (put(keys, k), put(values, v), (k, v))
+            return block(tokens, e6, kv, functools.partial(attend, remember))
+
+        tokens, e, e6 = self._embed(x, timesteps)
+        xs = (text_kv, cache.k, cache.v) if self.stacked else list(zip(text_kv, cache.k, cache.v))
+        tokens, own = run_layers(self.blocks, layer, tokens, xs, remat=remat)
+        return self._unpatchify(self.head(tokens, e), x), own if self.stacked else tuple(zip(*own))
+
+    def _cached_attention(self, x, count, window: Window, position, new) -> Callable:
+        """`attend(remember, q, k, v) -> y, extra` for frames x, `new` of which exist, after `count` others.
+
+        `remember(k, v)` gives the buffers of a layer with k and v in them, and the `extra`.
+        """
+        b, t, rows, columns = self._grid(x)
+        n, after = rows * columns, count + new
+        turn = lambda positions: rope.rotation(positions, rows, columns, self.cfg.head_dim, self.cfg.rope_theta)
+        if window.relative:
+            slot_positions = window.positions(after)
+            turn_keys = turn(slot_positions)
+            turn_queries = turn(slot_positions[window.slot(count + jnp.arange(t))])
+        else:
+            turn_queries = turn(position + jnp.arange(t) if jnp.ndim(position) == 0 else position)
+
+        def attend(remember, q, k, v):
+            q = rope.rotate(q, turn_queries)
+            k, v, extra = remember(k if window.relative else rope.rotate(k, turn_queries), v)
+            k = rope.rotate(k, turn_keys) if window.relative else k
+            q, k, v = (rearrange(a, "b t n h d -> b (t n) h d").astype(x.dtype) for a in (q, k, v))
+            y = attention(q, k, v, key_length=window.length(after) * n)
+            return y.reshape(b, t, n, *q.shape[2:]), extra
+
+        return attend
 
     def cache_shape(self, batch: int, slots: int, rows: int, columns: int) -> tuple[int, ...]:
         """Shape of the keys (and of the values) for `KVCache.zeros`; rows and columns of tokens, not of latents."""

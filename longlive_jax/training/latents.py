@@ -6,6 +6,8 @@ does not describe.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,6 +17,7 @@ from flax import nnx
 
 from longlive_jax.config import TEMPORAL_FACTOR
 from longlive_jax.data.sprites import Combination, combinations_of, render_schedule
+from longlive_jax.errors import UserError
 from longlive_jax.models.vae import VAE
 
 
@@ -67,3 +70,43 @@ def encode_clips(
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, latents=np.concatenate(latents).astype(np.float16))
         temporary.rename(path)
+
+
+def cached_latents(
+    vae: VAE,
+    folder: Path,
+    *,
+    clips: int,
+    latent_frames: int,
+    block: int,
+    seed: int,
+    vae_hash: str,
+    say: Callable[[str], None],
+) -> tuple[np.ndarray, list]:
+    """Latents of clips [N, F, h, w, C] float16 with their plans, encoded now where they are not in `folder` yet.
+
+    Raises:
+      UserError: the folder has latents of another VAE or of other clips.
+    """
+    made_from = {"latent_frames": latent_frames, "block": block, "seed": seed, "vae": vae_hash}
+    note = Path(folder) / "made_from.json"
+    if note.exists() and (found := json.loads(note.read_text())) != made_from:
+        wrong = ", ".join(
+            f"{name} {found.get(name)}, now {made_from[name]}"
+            for name in made_from
+            if found.get(name) != made_from[name]
+        )
+        raise UserError(f"latents in {folder} are of others ({wrong}); delete the folder or give another")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(made_from) + "\n")
+    shard = min(64, clips)
+    starts = range(0, clips, shard)
+    if any(not (Path(folder) / f"{start:06d}.npz").exists() for start in starts):
+        say(f"encoding {clips} clips of {latent_frames} latent frames into {folder}")
+    encode_clips(
+        vae, folder, clips=clips, latent_frames=latent_frames, block=block, seed=seed, shard=shard
+    )  # fmt: skip
+    parts = [np.load(Path(folder) / f"{start:06d}.npz")["latents"] for start in starts]
+    latents = np.concatenate(parts)[:clips]
+    plans = [scheduled_clip(seed, i, latent_frames, block, draw=False)[1:] for i in range(clips)]
+    return latents, plans

@@ -7,6 +7,8 @@ up to themselves. One pass therefore trains every block of the clip.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,8 @@ def teacher_forcing_loss(
     block: int,
     shift: float,
     context_noise: float,
+    dtype: str = "float32",
+    remat: Callable | None = None,
 ) -> Float[Array, ""]:
     """Mean squared error of the flow over the frames to learn.
 
@@ -58,6 +62,8 @@ def teacher_forcing_loss(
       shift: of the noise levels.
       context_noise: the clean past gets a noise level up to this (and t = 0 all the same), so that the student learns
         to live with the faults of its own past.
+      dtype: of activations; noise, target and error are float32.
+      remat: see `run_layers`.
     """
     x0 = batch.latents
     b, t = x0.shape[:2]
@@ -67,12 +73,13 @@ def teacher_forcing_loss(
     noisy = add_noise(x0, noise, sigma[..., None, None, None])
     past = jax.random.uniform(keys[2], (b, 1, 1, 1, 1), maxval=context_noise)
     clean = add_noise(x0, jax.random.normal(keys[3], x0.shape), past)
-    text_kv = model.text_kv(text_encoder(batch.ids, batch.mask))
+    text_kv = model.text_kv(text_encoder(batch.ids, batch.mask, jnp.dtype(dtype)))
     flow = model.bidirectional(
-        jnp.concatenate([clean, noisy], axis=1),
+        jnp.concatenate([clean, noisy], axis=1).astype(dtype),
         jnp.concatenate([jnp.zeros((b, t)), 1000 * sigma], axis=1),
         text_kv,
         positions=jnp.tile(batch.positions, 2),
         mask=jnp.asarray(teacher_forcing_mask(t, block)),
+        remat=remat,
     )
-    return frame_error(flow[:, t:], noise - x0, batch)
+    return frame_error(flow[:, t:].astype(jnp.float32), noise - x0, batch)

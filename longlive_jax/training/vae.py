@@ -30,7 +30,13 @@ def sprite_weight(video: Float[Array, "b t h w 3"], emphasis: float) -> Float[Ar
 
 
 def vae_loss(
-    vae: VAE, frames: UInt8[Array, "b t h w 3"], key: PRNGKeyArray, *, kl_weight: float, emphasis: float = 0.0
+    vae: VAE,
+    frames: UInt8[Array, "b t h w 3"],
+    key: PRNGKeyArray,
+    *,
+    kl_weight: float,
+    emphasis: float = 0.0,
+    dtype: str = "float32",
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Weighted mean absolute error of the reconstruction in [-1, 1] plus `kl_weight` times the mean KL a latent number.
 
@@ -40,18 +46,20 @@ def vae_loss(
       key: for the posterior's sample.
       kl_weight: of the KL term.
       emphasis: see `sprite_weight`.
+      dtype: of activations; latents' statistics, sampling and errors are float32.
 
     Returns:
       The loss; and {"l1", "kl", "sprite"}, the unweighted error of all pixels, the KL, and the error of the sprite.
     """
     video = frames.astype(jnp.float32) / 127.5 - 1
-    mean, log_variance, _ = vae.moments(video)
-    log_variance = jnp.clip(log_variance, -20, 10)
+    mean, log_variance, _ = vae.moments(video.astype(dtype))
+    mean, log_variance = mean.astype(jnp.float32), jnp.clip(log_variance.astype(jnp.float32), -20, 10)
     noise = jax.random.normal(key, mean.shape)
     z = mean + jnp.exp(log_variance / 2) * noise
     cfg = vae.cfg
     normalised = (z - jnp.asarray(cfg.latent_mean)) / jnp.asarray(cfg.latent_std)
-    pixels, _ = vae.decode(normalised)
+    pixels, _ = vae.decode(normalised.astype(dtype))
+    pixels = pixels.astype(jnp.float32)
     error, weight = jnp.mean(jnp.abs(pixels - video), axis=-1, keepdims=True), sprite_weight(video, emphasis)
     sprite = sprite_weight(video, 1.0) - 1
     kl = jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance) / 2

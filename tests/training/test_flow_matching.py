@@ -13,7 +13,7 @@ from longlive_jax.config import TextEncoderConfig
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.training.batch import Batch
-from longlive_jax.training.flow_matching import draw_sigma, flow_matching_loss
+from longlive_jax.training.flow_matching import draw_sigma, euler_sample, flow_matching_loss
 
 TEXT = TextEncoderConfig(vocab_size=20, dim=8, attention_dim=8, ffn_dim=16, num_heads=2, num_layers=1)
 MAKE = (
@@ -67,3 +67,24 @@ def test_counts_only_frames_to_learn(networks, example):
     ]
     np.testing.assert_allclose((parts[0] + parts[1]) / 2, whole, rtol=1e-5)  # three frames of six each
     assert float(parts[0]) != float(parts[1])
+
+
+def test_euler_follows_the_guided_flow(networks, example):
+    model, text = networks
+    embeds, empty = text(example.ids, example.mask), text(example.ids * 0 + 1, example.mask)
+    noise, settings = example.latents, dict(steps=2, shift=3.0)
+    made = euler_sample(model, embeds, empty, noise, guidance=2.0, **settings)
+    x, sigmas = noise, [1.0, 3 * 0.5 / 2, 0.0]
+    for sigma, after in zip(sigmas, sigmas[1:]):
+        flows = [model.bidirectional(x, jnp.full((2, 3), 1000 * sigma), model.text_kv(e)) for e in (embeds, empty)]
+        x = x + (after - sigma) * (2 * flows[0] - flows[1])
+    np.testing.assert_allclose(made, x, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_and_rematerialisation(networks, example):
+    plain = flow_matching_loss(*networks, example, jax.random.key(5), shift=3.0)
+    half = flow_matching_loss(*networks, example, jax.random.key(5), shift=3.0, dtype="bfloat16")
+    assert half.dtype == jnp.float32 and half != plain
+    np.testing.assert_allclose(half, plain, rtol=0.03)
+    again = flow_matching_loss(*networks, example, jax.random.key(5), shift=3.0, remat=jax.checkpoint)
+    np.testing.assert_allclose(again, plain, rtol=1e-6)

@@ -1,0 +1,151 @@
+"""`longlive train`: a stage of training from its settings, or on with a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from longlive_jax.errors import UserError
+from longlive_jax.training.stage_config import (
+    InitTrainConfig,
+    LongTrainConfig,
+    StageConfig,
+    StudentTrainConfig,
+    TeacherTrainConfig,
+    VAETrainConfig,
+    read_config,
+)
+
+STAGES: dict[str, type[StageConfig]] = {
+    kind.stage: kind
+    for kind in (VAETrainConfig, TeacherTrainConfig, StudentTrainConfig, InitTrainConfig, LongTrainConfig)
+}
+
+
+@dataclasses.dataclass
+class StageRun:
+    """One stage, run.
+
+    Attributes:
+      output: folder of the run; the checkpoint that the stage ends with is its `checkpoint/`.
+      settings: of the stage; any of them, before or after a file's.
+      config: YAML file of settings; what it leaves out is the stage's own.
+      smoke: the same stage at tiny sizes, to see it run through.
+      resume: go on with the run in output, with the settings that it began with.
+    """
+
+    output: Path
+    settings: Annotated[StageConfig, tyro.conf.arg(name="")]
+    config: Path | None = None
+    smoke: bool = False
+    resume: bool = False
+
+    def run(self) -> int:
+        from longlive_jax.cli.generate import use_compilation_cache
+
+        use_compilation_cache()
+        # Imported here: `--help` and bad input must not wait for jax.
+        try:
+            from longlive_jax.training.stages import stage_of
+            from longlive_jax.training.trainer import train
+        except ModuleNotFoundError as error:
+            raise UserError(f"training needs {error.name}: pip install 'longlive-jax[train]'") from None
+        with ConsoleReporter(self.settings.steps) as reporter:
+            stage = stage_of(self.settings, self.output, reporter.say)
+            folder = train(stage, self.output, reporter, resume=self.resume)
+        if folder is not None:
+            print(f"{folder}: stage {self.settings.stage} is done after {self.settings.steps} steps")
+        return 0
+
+
+def train_command(args: Sequence[str]) -> Any:
+    """The type that tyro makes the command's options from: every stage with its settings as defaults, those of the
+    stage that `args` name being what --config, --smoke or --resume say."""
+    stages = []
+    for name, kind in STAGES.items():
+        own = kind()
+        if list(args[:2]) == ["train", name]:
+            own = _defaults(kind, args[2:])
+        fields = [("settings", Annotated[kind, tyro.conf.arg(name="")], dataclasses.field(default=own))]
+        run = dataclasses.make_dataclass(f"{name.capitalize()}Run", fields, bases=(StageRun,), kw_only=True)
+        run.__doc__ = StageRun.__doc__
+        summary = kind.__doc__.split("\n\n")[0]
+        stages.append(Annotated[run, tyro.conf.subcommand(name, description=summary)])
+    union = stages[0]
+    for stage in stages[1:]:
+        union |= stage
+    return dataclasses.make_dataclass(
+        "Train", [("stage", Annotated[union, tyro.conf.arg(name="")])],
+        namespace={"__doc__": "Train a stage: vae, teacher, ar, init or long.", "run": lambda self: self.stage.run()},
+    )  # fmt: skip
+
+
+def _defaults(kind: type[StageConfig], args: Sequence[str]) -> StageConfig:
+    """What the command line's other options change."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--output")
+    for flag in ("--smoke", "--resume"):
+        parser.add_argument(flag, action="store_true")
+    try:
+        known, _ = parser.parse_known_args(args)
+    except SystemExit:  # an option without its value; tyro says it better
+        return kind()
+    if known.resume and known.output and not known.config:
+        from longlive_jax.training.runs import stored_config
+
+        return stored_config(Path(known.output), kind)
+    settings = read_config(known.config, kind) if known.config else kind()
+    return settings.shrunk() if known.smoke else settings
+
+
+class ConsoleReporter:
+    """Progress on standard error: a bar with the time left on a terminal, a line at a time in a log."""
+
+    def __init__(self, total: int):
+        self._console = Console(stderr=True)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[note]}")
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("starting", total=total, note="compiling")
+        self._first: tuple[float, int] | None = None
+
+    def __enter__(self) -> ConsoleReporter:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def progress(self, done: int, total: int, phase: str, figures: dict[str, float]) -> None:
+        now = time.monotonic()
+        # Counted from the first line on: compilation is not a step.
+        self._first = self._first or (now, done)
+        began, before = self._first
+        left = (
+            (now - began) / (done - before) * (total - done) if done > before else figures["seconds"] * (total - done)
+        )
+        losses = ", ".join(f"{n} {v:.4g}" for n, v in figures.items() if n.endswith("loss"))
+        note = f"step {done} of {total}, {losses}, {figures['seconds']:.3g} s a step, {duration(left)} left"
+        self._bar.update(self._task, completed=done, description=phase, note=note)
+        if not self._console.is_terminal:
+            self.say(f"{phase}: {note}")
+
+
+def duration(seconds: float) -> str:
+    """ "2 h 05 min", "3 min 10 s", "12 s"."""
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds % 60:02} s" if minutes else f"{seconds} s"

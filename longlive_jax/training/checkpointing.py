@@ -1,0 +1,133 @@
+"""Checkpoints of a run: written in the background, complete or not there, and a full disk does not stop training.
+
+OUTPUT/state/400/state/    arrays (orbax): parameters, optimisers, averages, key, step, streams in flight
+OUTPUT/state/400/data/     position in the data (grain)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain.checkpoint
+import jax
+import orbax.checkpoint as ocp
+
+from longlive_jax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+      folder: where; a step's checkpoint is `folder / str(step)`.
+      failed: saves that did not come about.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, say: Callable[[str], None]):
+        self.folder, self.failed = Path(folder).absolute(), 0
+        self._keep, self._say = keep, say
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    @property
+    def latest_path(self) -> Path | None:
+        return None if self.latest is None else self.folder / str(self.latest)
+
+    def save(self, step: int, state: Any, iterator: Any) -> None:
+        """Starts to write; waits only for a copy of the arrays and for the save before, if that is still going on.
+
+        What goes wrong (a full disk, mostly) is said and counted, here or when the next one is saved.
+        """
+        parts = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)
+        )  # fmt: skip
+        self._guarded(step, lambda: self._manager.save(step, args=parts, force=True))
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk, or has failed."""
+        self._guarded(None, self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def restore(self, like: Any, iterator_at: Callable[[int], Any | None]) -> tuple[Any, Any | None]:
+        """The newest checkpoint.
+
+        Args:
+          like: a state of the structure, shapes and places that are wanted.
+          iterator_at: gives the data iterator that a step belongs to, to be set to its position; None for a new one.
+
+        Returns:
+          The state and the iterator.
+
+        Raises:
+          UserError: the checkpoint is of another model, or damaged.
+        """
+        step = self.latest
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        self._compare(step, abstract)
+        parts = {"state": ocp.args.StandardRestore(abstract)}
+        if (iterator := iterator_at(step)) is not None:
+            parts["data"] = grain.checkpoint.CheckpointRestore(iterator)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"{self.folder / str(step)} cannot be read ({reason}); delete it to go on from the one before"
+            ) from error
+        return restored["state"], iterator
+
+    def _compare(self, step: int, abstract: Any) -> None:
+        """Refuses a checkpoint whose arrays have other names or shapes, naming the first that differs."""
+        stored = self._manager.item_metadata(step)["state"]
+        shapes = lambda tree: {_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
+        found, wanted = shapes(getattr(stored, "tree", stored)), shapes(abstract)
+        wrong = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
+        if wrong:
+            name = wrong[0]
+            raise UserError(
+                f"{self.folder / str(step)} is of another model: {len(wrong)} arrays differ, such as {name} "
+                f"({found.get(name, 'not there')}, expected {wanted.get(name, 'none')}); "
+                "give the settings and checkpoints that the run began with"
+            )
+
+    def _guarded(self, step: int | None, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # tensorstore, orbax and the system each raise their own
+            self.failed += 1
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            self._reopen()
+            last = self.latest_path or "none"
+            where = "a checkpoint" if step is None else f"the checkpoint of step {step} or the one before"
+            self._say(
+                f"warning: {where} could not be written ({reason}); training goes on, last good checkpoint: {last}"
+            )
+
+    def _reopen(self) -> None:
+        """A manager that knows what is on the disk and nothing of the save that failed; what that left is removed."""
+        try:
+            self._manager.close()
+        except Exception:  # it tells once more of the save that failed
+            pass
+        for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._manager = self._open()
+
+
+def _name(path) -> str:
+    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)

@@ -1,0 +1,132 @@
+"""Settings of distillation: what LongLive 1.0 does, and which of its quirks to repeat.
+
+A quirk is something the official code does that its paper does not say, and that changes numbers. Each is a setting
+of its own; `Quirks.reference()` is the official code, `Quirks()` is what we train with. `docs/training.md` says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from longlive_jax.config import SamplerConfig, replace, unknown_name
+from longlive_jax.errors import UserError
+
+REMAT = ("none", "layer", "dots")
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name}: {unknown_name('value', str(value), allowed)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quirks:
+    """Where the official code departs from the plain reading.
+
+    Attributes:
+      cache_gradient: `detach`: a block's loss trains that block's pass alone. `straight_through`: it also reaches the
+        exit passes of earlier blocks of the chunk, through the keys and values that those left in the cache.
+      sink: of a recache, `keep` or `refresh` as in decoding; `zero`: past `chunk_frames` frames the sink becomes zeros
+        that are attended for the rest of the video.
+      score_shift: the noise level that teacher and critic are told to remove is looked up in a table of this shift,
+        that which was added in one of the sampler's shift. None: it is what it is, timestep / 1000.
+      noisy_context: the clean pass gets the noise of its timestep (sigma 0.005 at t = 0). Decoding never does this.
+      score_before_switch: frames that a chunk made before a switch within it count in the means of the losses, though
+        they are judged by the new prompt and give no gradient.
+    """
+
+    cache_gradient: str = "detach"
+    sink: str = "keep"
+    score_shift: float | None = None
+    noisy_context: bool = True
+    score_before_switch: bool = False
+
+    def __post_init__(self):
+        _choice("cache_gradient", self.cache_gradient, ("detach", "straight_through"))
+        _choice("sink", self.sink, ("keep", "refresh", "zero"))
+        if self.score_shift is not None and not self.score_shift > 0:
+            raise UserError(f"score_shift is {self.score_shift}; it must be above 0, or empty for timestep / 1000")
+
+    @classmethod
+    def reference(cls) -> Quirks:
+        """LongLive v1.0 as released."""
+        return cls(cache_gradient="straight_through", sink="zero", score_shift=8.0, score_before_switch=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """Self-forcing distillation, and streaming long tuning.
+
+    Attributes:
+      chunk_frames: latent frames that teacher and critic judge at once, and that the first chunk of a video has.
+      new_frames: latent frames of every later chunk; the rest of what is judged are the newest of the past.
+      max_frames: a video ends when no further chunk fits. Equal to `chunk_frames` for training without streaming.
+      guidance: of the teacher, 1 for none (ordinary scale: the official `guidance_scale` plus 1).
+      min_timestep, max_timestep: the scores' timesteps are clipped to these.
+      remat: what is computed again in the backward pass: `none`, all but the inputs of each `layer`, or all but the
+        matrix products (`dots`).
+      quirks: see `Quirks`.
+    """
+
+    chunk_frames: int = 21
+    new_frames: int = 18
+    max_frames: int = 240
+    guidance: float = 4.0
+    min_timestep: float = 20.0
+    max_timestep: float = 980.0
+    remat: str = "layer"
+    quirks: Quirks = Quirks()
+
+    def __post_init__(self):
+        _choice("remat", self.remat, REMAT)
+        if not 1 <= self.new_frames <= self.chunk_frames:
+            raise UserError(f"new_frames is {self.new_frames}; 1 to chunk_frames ({self.chunk_frames}) are allowed")
+        if self.max_frames < self.chunk_frames:
+            raise UserError(f"max_frames is {self.max_frames}; the first chunk alone has {self.chunk_frames}")
+        if not 0 <= self.min_timestep <= self.max_timestep <= 1000:
+            raise UserError(f"timesteps from {self.min_timestep} to {self.max_timestep} are not within 0 to 1000")
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first latent frame of every chunk of a video."""
+        return (0, *range(self.chunk_frames, self.max_frames - self.new_frames + 1, self.new_frames))
+
+    def check(self, sampler: SamplerConfig) -> None:
+        """Refuses settings that the rollout cannot follow."""
+        block = sampler.block_frames
+        for name in ("chunk_frames", "new_frames"):
+            if getattr(self, name) % block:
+                raise UserError(f"{name} is {getattr(self, name)}; whole blocks of {block} latent frames are needed")
+        if sampler.window == -1:
+            raise UserError("training needs a window; -1 (all of the past) is for decoding")
+        if self.quirks.sink == "zero" and sampler.window > self.chunk_frames:
+            raise UserError(
+                f"sink is 'zero', which the official code has for windows within a chunk only; window is "
+                f"{sampler.window}, chunk_frames {self.chunk_frames}"
+            )
+        if sampler.solver != "renoise":
+            raise UserError(f"solver is '{sampler.solver}'; few-step distillation needs 'renoise'")
+
+    def rematerialise(self) -> Callable | None:
+        """`remat` as a wrapper for `run_layers`."""
+        from longlive_jax.training.remat import rematerialise  # here: settings are read without jax
+
+        return rematerialise(self.remat)
+
+
+OFFICIAL_NAMES = {
+    "streaming_chunk_size": "chunk_frames",
+    "streaming_min_new_frame": "new_frames",
+    "streaming_max_length": "max_frames",
+}
+"""LongLive v1.0's setting -> ours, where only the name differs."""
+
+
+def official_distillation(settings: dict[str, Any]) -> DistillationConfig:
+    """The settings of the official code under its names, quirks included; other keys are ignored."""
+    changes = {ours: settings[theirs] for theirs, ours in OFFICIAL_NAMES.items() if theirs in settings}
+    if "guidance_scale" in settings:
+        changes["guidance"] = settings["guidance_scale"] + 1
+    return dataclasses.replace(replace(DistillationConfig(), **changes), quirks=Quirks.reference())

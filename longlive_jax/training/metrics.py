@@ -1,0 +1,106 @@
+"""Figures of a run: JSON lines always, TensorBoard where it is installed, Weights & Biases where it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from longlive_jax.errors import UserError
+
+
+class Metrics:
+    """Writes figures by step.
+
+    Args:
+      folder: gets `metrics.jsonl` and `tensorboard/`.
+      start: steps done; lines after it, of a run that was killed before its next checkpoint, are dropped.
+      say: gets a warning when a figure cannot be written.
+      tensorboard: write it, if tensorboardX can be imported.
+      wandb: project, or None.
+      config: settings of the run, for Weights & Biases.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        say: Callable[[str], None],
+        *,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        config: dict | None = None,
+    ):
+        self.path = Path(folder) / "metrics.jsonl"
+        self._say, self._warned = say, False
+        drop_after(self.path, start)
+        self._board = _tensorboard(folder, start) if tensorboard else None
+        self._wandb = _wandb(wandb, folder, config) if wandb else None
+
+    def write(self, step: int, figures: dict[str, float | str]) -> None:
+        """One line. A disk that is full is said once and does not stop the run."""
+        numbers = {name: value for name, value in figures.items() if not isinstance(value, str)}
+        # JSON has no nan; what is not finite is null there.
+        line = {n: v if isinstance(v, str) or math.isfinite(v) else None for n, v in figures.items()}
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, **line}) + "\n")
+            if self._board is not None:
+                for name, value in numbers.items():
+                    self._board.add_scalar(name, value, step)
+        except OSError as error:
+            if not self._warned:
+                self._say(f"warning: figures cannot be written to {self.path} ({error.strerror}); training goes on")
+            self._warned = True
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            try:
+                self._board.close()
+            except OSError:
+                pass
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Removes lines of later steps (and one cut off by a kill)."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text("".join(kept), "utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); free some space") from error
+    os.replace(temporary, path)
+
+
+def _tensorboard(folder: Path, start: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1)
+
+
+def _wandb(project: str, folder: Path, config: dict | None):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"run.wandb is '{project}', but wandb is not installed: pip install wandb") from None
+    # A run that goes on is the same run there.
+    path = str(Path(folder).absolute())
+    name = f"{Path(path).name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    return wandb.init(project=project, dir=path, config=config, id=name, resume="allow")

@@ -1,0 +1,66 @@
+"""The folder of a run: what it began with, and who may go on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from longlive_jax.config import from_dict, to_dict
+from longlive_jax.errors import UserError
+from longlive_jax.sidecar import versions
+from longlive_jax.training.stage_config import StageConfig, differences
+
+
+def stored_config(output: Path, kind: type[StageConfig]) -> StageConfig:
+    """The settings that the run in `output` began with.
+
+    Raises:
+      UserError: there is no run, or it is of another stage.
+    """
+    path = Path(output) / "run.json"
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{output} holds no run to resume; leave --resume out to start one") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); start again in another --output") from None
+    if values.get("stage") != kind.stage:
+        raise UserError(f"{output} holds a run of stage {values.get('stage')}, not {kind.stage}; give its own --output")
+    return from_dict(kind, values["config"], str(path))
+
+
+def claim(output: Path, config: StageConfig, sources: dict[str, str], *, resume: bool) -> None:
+    """Makes the folder of a new run, or checks that the one there is the run to go on with."""
+    path = Path(output) / "run.json"
+    if resume:
+        old = stored_config(output, type(config))
+        changed = differences(plain(old), plain(config))
+        began_with = json.loads(path.read_text("utf-8"))["sources"]
+        changed += [
+            f"the checkpoint given as {role} is another one"
+            for role in sorted(began_with.keys() | sources.keys())
+            if began_with.get(role) != sources.get(role)
+        ]
+        if changed:
+            raise UserError(
+                f"{output} goes on only as it began, but {'; '.join(changed)}; leave these as they were, or start "
+                "a run in another --output with --init"
+            )
+        return
+    if path.exists():
+        raise UserError(f"{output} holds a run and is kept; go on with it by --resume, or choose another --output")
+    values = {"stage": config.stage, "config": to_dict(config), "sources": sources, "versions": versions()}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {output} ({error.strerror}); give another --output") from error
+
+
+def plain(config: StageConfig) -> dict[str, Any]:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(to_dict(config)))

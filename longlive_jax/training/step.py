@@ -1,0 +1,141 @@
+"""A training step: losses to gradients to updates, for any stage and any mesh.
+
+A batch is `streams` independent parts. `[n, d, b, ...]`: n times, d devices take a part of b samples each. The parts'
+gradients are summed in float32, over devices and over times alike, so the same batch gives the same update (up to the
+order of a sum) however n and d are chosen. Noise is a stream's own: it does not depend on the mesh either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from longlive_jax import checkpoint
+from longlive_jax.sharding import param_spec
+from longlive_jax.training.learner import TrainState
+from longlive_jax.training.stage_config import OptimizerConfig
+
+STREAMS = PartitionSpec(None, ("data", "fsdp"))
+"""Batch and carry: [n, d, ...]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A loss, and whom it teaches.
+
+    Attributes:
+      learner: its name.
+      loss: `loss(params, nets, carry, batch, key) -> loss, (carry, metrics)` of one stream. The gradient is by params;
+        `nets` holds the parameters of all learners at the start of the step, by name, and the frozen networks.
+      prefix: of its metrics.
+    """
+
+    learner: str
+    loss: Callable[..., Any]
+    prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+    """An optimiser with its settings."""
+
+    optimizer: optax.GradientTransformation
+    config: OptimizerConfig
+
+
+def make_step(turns: Sequence[Turn], teaching: Mapping[str, Teaching], mesh: Mesh | None = None) -> Callable:
+    """`step(state, frozen, batch) -> state, metrics`, jitted with the state donated.
+
+    All turns see the parameters from before the step; the streams' carry goes from turn to turn.
+    """
+
+    def step(state: TrainState, frozen: dict[str, Any], batch: Any):
+        nets = frozen | {name: learner.params for name, learner in state.learners.items()}
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        carry, learners, metrics = state.carry, dict(state.learners), {}
+        for index, turn in enumerate(turns):
+            turn_key = jax.random.fold_in(key, index)
+            grads, loss, carry, own = gradient(turn.loss, nets[turn.learner], nets, carry, batch, turn_key, mesh)
+            optimizer, config = teaching[turn.learner].optimizer, teaching[turn.learner].config
+            learner, norm = state.learners[turn.learner].update(grads, loss, optimizer, config)
+            learners[turn.learner] = learner
+            own = {
+                "loss": loss, "grad_norm": norm, "skipped": learner.skipped,
+                "skipped_in_a_row": learner.skipped_in_a_row, **own,
+            }  # fmt: skip
+            metrics |= {turn.prefix + name: value for name, value in own.items()}
+        state = state.replace(step=state.step + 1, learners=learners, carry=carry)
+        if mesh is not None:
+            state = jax.lax.with_sharding_constraint(state, shardings(state, mesh))
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def gradient(loss: Callable, params: Any, nets: Any, carry: Any, batch: Any, key: jax.Array, mesh: Mesh | None = None):
+    """Mean gradient over the streams of a batch: (gradient, loss, carry, metrics), the sums in float32."""
+    times, devices = jax.tree.leaves(batch)[0].shape[:2]
+    keys = jax.random.split(key, (times, devices))
+
+    def one(carry, batch, key):
+        (value, (carry, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, nets, carry, batch, key)
+        return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (grads, value, metrics)), carry
+
+    def together(total, xs):
+        if devices == 1:
+            new, carry = one(*jax.tree.map(lambda a: a[0], xs))
+            carry = jax.tree.map(lambda a: a[None], carry)
+        else:
+            new, carry = jax.vmap(one)(*xs)
+            if mesh is not None:
+                # Each device has the gradient of its own stream, in float32, before anything is summed.
+                new = jax.lax.with_sharding_constraint(new, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+            new = jax.tree.map(lambda a: jnp.sum(a, axis=0), new)
+        return new if total is None else jax.tree.map(jnp.add, total, new), carry
+
+    xs = carry, batch, keys
+    if times == 1:
+        total, carry = together(None, jax.tree.map(lambda a: a[0], xs))
+        carry = jax.tree.map(lambda a: a[None], carry)
+    else:
+        shapes = jax.eval_shape(lambda xs: together(None, jax.tree.map(lambda a: a[0], xs))[0], xs)
+        total, carry = jax.lax.scan(together, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), xs)
+    grads, value, metrics = jax.tree.map(lambda a: a / (times * devices), total)
+    return grads, value, carry, metrics
+
+
+# MARK: placement
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where each array of a state (or of frozen networks) lives: parameters and all that has their paths by the table
+    of `sharding.py`, the streams' carry over the devices, the rest everywhere."""
+
+    def place(path, leaf):
+        names = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path]
+        if "carry" in names:
+            return NamedSharding(mesh, STREAMS)
+        networks = [i for i, name in enumerate(names) if name in checkpoint.MODULES or name in ("teacher", "critic")]
+        if not networks:
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, param_spec("/".join(names[networks[-1] + 1 :]), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def arrange(batch: Any, devices: int) -> Any:
+    """A batch from the host, `[streams, b, ...]`, as `[streams / devices, devices, b, ...]`."""
+    return jax.tree.map(lambda a: a.reshape(a.shape[0] // devices, devices, *a.shape[1:]), batch)
+
+
+def put(tree: Any, mesh: Mesh | None, *, streams: bool = False) -> Any:
+    """A state, frozen networks, or (`streams`) an arranged batch on the devices."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    return jax.device_put(tree, NamedSharding(mesh, STREAMS) if streams else shardings(tree, mesh))

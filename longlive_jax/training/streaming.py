@@ -1,0 +1,181 @@
+"""Streaming long tuning: a video goes on from step to step, and every step judges its newest frames.
+
+    frames   0 ............... 20 | 21 ........ 38 | 39 ........ 56 | ...
+    chunk 1  [......... 21 .......]
+    chunk 2                [3 old |..... 18 new ...]
+    chunk 3                                 [3 old |..... 18 new ...]
+
+Teacher and critic are made for whole videos, so what they judge must begin as one: its first frame is decoded to a
+picture (as the end of what came before) and encoded alone. Old frames are judged with the new but do not learn.
+With one chunk a video this is the training of stage 1, without streaming.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from longlive_jax.models.vae import VAE
+from longlive_jax.schedule import TRAIN_STEPS
+from longlive_jax.training.config import DistillationConfig
+from longlive_jax.training.dmd import NoiseLevels, Score, critic_flow_loss, dmd_loss, score_difference
+from longlive_jax.training.rollout import Rollout
+from longlive_jax.training.state import ChunkDraws, Prompts, StreamState, Tape
+
+Params = dict[str, Any]
+"""Parameters by network: "generator", "teacher", "critic", "vae"; pure dicts, or `lora.Adapted` for trained ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """Structure of all networks and the settings. Hashable; parameters and state are arguments.
+
+    A trainer jits `value_and_grad(distillation.generator_loss, has_aux=True)(params["generator"], params, ...)`, and
+    the same of `critic_loss` with `params["critic"]`.
+
+    Attributes:
+      rollout: of the student.
+      teacher, critic: the scores.
+      vae: its structure; None will do where every video has one chunk.
+    """
+
+    rollout: Rollout
+    teacher: Score
+    critic: Score
+    vae: nnx.GraphDef | None = None
+
+    def __post_init__(self):
+        self.config.check(self.rollout.sampler)
+
+    @property
+    def config(self) -> DistillationConfig:
+        return self.rollout.config
+
+    def draw(self, key: Key[Array, ""], state: StreamState, *, first: bool) -> ChunkDraws:
+        """Random numbers for a step on the next chunk."""
+        frames = self.config.chunk_frames if first else self.config.new_frames
+        keys = jax.random.split(key, 3)
+        batch, _, *shape = state.recent.shape
+        return ChunkDraws(
+            rollout=self.rollout.draw(keys[0], state, frames // self.rollout.sampler.block_frames),
+            tau=jax.random.randint(keys[1], (batch,), 0, TRAIN_STEPS),
+            noise=jax.random.normal(keys[2], (batch, self.config.chunk_frames, *shape)),
+        )
+
+    def generator_loss(
+        self, generator: Any, params: Params, state: StreamState, prompts: Prompts, key: Key[Array, ""], *, first: bool
+    ) -> tuple[Float[Array, ""], tuple[StreamState, dict[str, Array]]]:
+        """Makes the next chunk and scores it for the student.
+
+        Args:
+          generator: the student's parameters; the gradient is by these.
+          params: of the other networks.
+          state: before the chunk.
+          prompts: of the video.
+          key: for all that is random.
+          first: whether the video begins with this chunk (then `state.position` is 0).
+
+        Returns:
+          The loss; and the state after the chunk with metrics.
+        """
+        draws = self.draw(key, state, first=first)
+        loss, (state, terms) = self.generator_terms(generator, params, state, prompts, draws, first=first)
+        return loss, (state, self._metrics(draws) | {"dmd_gradient": jnp.mean(jnp.abs(terms["dmd_gradient"]))})
+
+    def critic_loss(
+        self, critic: Any, params: Params, state: StreamState, prompts: Prompts, key: Key[Array, ""], *, first: bool
+    ) -> tuple[Float[Array, ""], tuple[StreamState, dict[str, Array]]]:
+        """Makes the next chunk and trains the critic on it; arguments as for `generator_loss`."""
+        draws = self.draw(key, state, first=first)
+        loss, (state, _) = self.critic_terms(critic, params, state, prompts, draws, first=first)
+        return loss, (state, self._metrics(draws))
+
+    def generator_terms(
+        self, generator: Any, params: Params, state: StreamState, prompts: Prompts, draws: ChunkDraws, *, first: bool
+    ) -> tuple[Float[Array, ""], tuple[StreamState, dict[str, Array]]]:
+        """`generator_loss` with given draws; the terms are new_latents, window and dmd_gradient."""
+        after, tape = self.rollout.run(generator, state, prompts, draws.rollout)
+        new = self.rollout.with_gradient(generator, state, prompts, draws.rollout, tape)
+        window, frames = self._judged(params, state, new, tape, first)
+        gradient = score_difference(
+            self.teacher, self.critic, params, window, draws.noise, self._levels(draws),
+            prompts.embeds[tape.prompt[-1]], prompts.negative, self.config.guidance,
+        )  # fmt: skip
+        terms = {"new_latents": new, "window": window, "dmd_gradient": gradient}
+        return dmd_loss(window, gradient, frames), (after, jax.lax.stop_gradient(terms))
+
+    def critic_terms(
+        self, critic: Any, params: Params, state: StreamState, prompts: Prompts, draws: ChunkDraws, *, first: bool
+    ) -> tuple[Float[Array, ""], tuple[StreamState, dict[str, Array]]]:
+        """`critic_loss` with given draws; the terms are new_latents and window."""
+        after, tape = self.rollout.run(params["generator"], state, prompts, draws.rollout)
+        new = joined(tape)
+        window, frames = self._judged(params, state, new, tape, first)
+        loss = critic_flow_loss(
+            self.critic, critic, window, draws.noise, self._levels(draws), prompts.embeds[tape.prompt[-1]], frames,
+            self.config.rematerialise(),
+        )  # fmt: skip
+        return loss, (after, {"new_latents": new, "window": window})
+
+    def _levels(self, draws: ChunkDraws) -> NoiseLevels:
+        return NoiseLevels.of(self.rollout.sampler, self.config).at(draws.tau)
+
+    def _metrics(self, draws: ChunkDraws) -> dict[str, Array]:
+        return {"exit_step": draws.rollout.exit_step, "timestep": jnp.mean(self._levels(draws).timestep)}
+
+    def _judged(
+        self, params: Params, state: StreamState, new: Float[Array, "b t h w c"], tape: Tape, first: bool
+    ) -> tuple[Float[Array, "b s h w c"], Bool[Array, " s"]]:
+        """The frames that are judged, and which of them count in a loss."""
+        counts = jnp.repeat(self.rollout.learning(tape), self.rollout.sampler.block_frames)
+        if self.config.quirks.score_before_switch:
+            counts = jnp.ones_like(counts)
+        if first:
+            return new, counts
+        chunk = self.config.chunk_frames
+        vae = nnx.merge(self.vae, jax.lax.stop_gradient(params["vae"]))
+        past = state.recent[:, state.recent.shape[1] - chunk :]
+        old = jnp.zeros(chunk - new.shape[1], bool)
+        return begin_as_video(vae, past, new, self.rollout.dtype), jnp.concatenate([old, counts])
+
+
+def joined(tape: Tape) -> Float[Array, "b t h w c"]:
+    """The chunk's latents, blocks joined."""
+    return jnp.concatenate([*tape.latents], axis=1)
+
+
+def begin_as_video(
+    vae: VAE, past: Float[Array, "b r h w c"], new: Float[Array, "b t h w c"], dtype: str
+) -> Float[Array, "b r h w c"]:
+    """The newest R of past and new frames, the first of them encoded again as the first frame of a video.
+
+    Args:
+      vae: for the encoding.
+      past: the newest R frames before.
+      new: at most R; the gradient flows to these.
+      dtype: of the VAE's activations.
+    """
+    frames = jnp.concatenate([jax.lax.stop_gradient(past), new], axis=1)
+    start = frames.shape[1] - past.shape[1] + 1
+    before, rest = frames[:, :start], frames[:, start:]
+    picture = last_picture(vae, jax.lax.stop_gradient(before).astype(dtype))
+    first, _ = vae.encode(picture)
+    return jnp.concatenate([jax.lax.stop_gradient(first).astype(rest.dtype), rest], axis=1)
+
+
+def last_picture(vae: VAE, latents: Float[Array, "b t h w c"]) -> Float[Array, "b 1 H W 3"]:
+    """The last pixel frame of latents decoded as a video, frame by frame so that memory does not grow with them."""
+    graph, params = nnx.split(vae)
+    picture, cache = vae.decode(latents[:, :1], first=True)
+
+    def step(carry, latent):
+        pixels, cache = nnx.merge(graph, params).decode(latent[:, None], carry[1], first=False)
+        return (pixels[:, -1:], cache), None
+
+    (picture, _), _ = jax.lax.scan(step, (picture, cache), jnp.moveaxis(latents[:, 1:], 1, 0))
+    return picture

@@ -1,0 +1,124 @@
+"""Settings of the stages: every fault is told before anything starts, in one line."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from longlive_jax.errors import UserError
+from longlive_jax.training.stage_config import (
+    InitTrainConfig,
+    LatentPhase,
+    LongTrainConfig,
+    OptimizerConfig,
+    RunConfig,
+    StudentTrainConfig,
+    TeacherTrainConfig,
+    VAEPhase,
+    VAETrainConfig,
+    differences,
+    read_config,
+)
+
+STAGES = {
+    kind.stage: kind
+    for kind in (VAETrainConfig, TeacherTrainConfig, StudentTrainConfig, InitTrainConfig, LongTrainConfig)
+}
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_configs_in_experiments(path):
+    config = read_config(path, STAGES[path.stem])
+    assert path.read_text().startswith("# "), "what it is for"
+    assert config.shrunk().steps <= 6
+
+
+def test_there_are_configs():
+    assert {path.stem for path in EXPERIMENTS} == STAGES.keys()
+
+
+def test_a_file_changes_what_it_names(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "kl_weight: 1e-5\noptimizer: {b2: 0.9}\nphases: [{name: a, steps: 300, batch_size: 4, rate: 2e-3}]\n"
+    )
+    config = read_config(path, VAETrainConfig)
+    assert config == VAETrainConfig(
+        kl_weight=1e-5, phases=(VAEPhase("a", 300, 4, 2e-3),),
+        optimizer=dataclasses.replace(VAETrainConfig().optimizer, b2=0.9),
+    )  # fmt: skip
+    path.write_text("")
+    assert read_config(path, VAETrainConfig) == VAETrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {weight_decy: 1}", "unknown key 'weight_decy'; did you mean 'weight_decay'?"),
+        ("fases: []", "unknown key 'fases'; did you mean 'phases'?"),
+        ("phases: [{name: a, steps: 3, batch_size: 1}]", "missing rate"),
+        ("phases: []", "vae: there are no phases"),
+        ("kl_weight: much", "kl_weight must be float, got 'much'"),
+        ("run: {dtype: float16}", "unknown dtype 'float16'; did you mean"),
+        ("[1, 2]", "expected a table of settings"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_faulty_files(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_config(path, VAETrainConfig)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*none.yaml: No such file"):
+        read_config(tmp_path / "none.yaml", VAETrainConfig)
+
+
+def test_a_mesh_that_does_not_divide():
+    with pytest.raises(UserError, match="streams is 6, which a mesh of data 2 x fsdp 2 = 4 devices does not divide"):
+        RunConfig(streams=6, data=2, fsdp=2)
+
+
+def test_a_batch_that_does_not_split():
+    phases = (VAEPhase("a", 300, 6, 1e-3), VAEPhase("b", 300, 9, 1e-3))
+    with pytest.raises(
+        UserError, match="2 faults: phase a: batch_size 6 does not split into 4 streams.* that does: 8; "
+    ):
+        VAETrainConfig(phases=phases, run=RunConfig(streams=4))
+
+
+def test_a_warmup_longer_than_a_phase():
+    with pytest.raises(UserError, match="phase a: 50 steps are not more than the warmup of 100"):
+        VAETrainConfig(phases=(VAEPhase("a", 50, 1, 1e-3),))
+
+
+def test_faults_of_phases():
+    with pytest.raises(UserError, match="phase a: frames 4 must be 4 k"):
+        VAEPhase("a", 1, 1, 1e-3, frames=4)
+    with pytest.raises(UserError, match="phase a: 2 faults: steps is 0.*; rate is -1.0"):
+        VAEPhase("a", 0, 1, -1.0)
+    with pytest.raises(UserError, match="phase a: frames is 6; 1 to clip_frames 3"):
+        LatentPhase("a", 1, 1, 1e-3, frames=6, clip_frames=3, clips=1)
+    with pytest.raises(UserError, match="phase a: frames is 4; whole blocks of 3"):
+        StudentTrainConfig(phases=(LatentPhase("a", 300, 1, 1e-3, frames=4, clip_frames=6, clips=1),))
+
+
+@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
+def test_shrunk_keeps_what_it_can(kind):
+    config = dataclasses.replace(
+        kind(), run=RunConfig(streams=2, data=2, dtype="bfloat16"), phases=kind().phases[:1],
+        optimizer=OptimizerConfig(b1=0.0),
+    )  # fmt: skip
+    tiny = config.shrunk()
+    assert (tiny.run.streams, tiny.run.dtype, tiny.optimizer.b1) == (2, "bfloat16", 0.0)
+    assert tiny.steps in (2, 6)
+
+
+def test_differences_leave_out_what_changes_no_number():
+    old = {"run": {"seed": 0, "keep": 2}, "a": {"b": 1}}
+    assert differences(old, {"run": {"seed": 1, "keep": 3}, "a": {"b": 1}}) == ["run.seed: 0, now 1"]

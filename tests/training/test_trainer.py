@@ -1,0 +1,250 @@
+"""The loop: exact resume (also after kill -9), a full disk, refusals, figures. On the toy stage."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import toy_stage
+from toy_stage import Silent, ToyConfig, ToyPhase, ToyStage
+
+from longlive_jax import memory
+from longlive_jax.errors import UserError
+from longlive_jax.training.checkpointing import Checkpoints
+from longlive_jax.training.metrics import Metrics
+from longlive_jax.training.runs import stored_config
+from longlive_jax.training.trainer import Interrupted, required_memory, train
+
+
+def run(folder: Path, config=None, *, resume=False, reporter=None, **options):
+    """Trains the toy stage; returns its reporter."""
+    reporter = reporter or Silent()
+    train(ToyStage(config or ToyConfig(), folder, **options), folder, reporter, resume=resume)
+    return reporter
+
+
+def changed(**run_changes):
+    return dataclasses.replace(ToyConfig(), run=dataclasses.replace(ToyConfig().run, **run_changes))
+
+
+def last_state(folder: Path):
+    """All arrays of the newest checkpoint, by name, and the data's position."""
+    checkpoints = Checkpoints(folder / "state", keep=2, say=print)
+    everything = ocp.args.Composite(state=ocp.args.StandardRestore())
+    restored = checkpoints._manager.restore(checkpoints.latest, args=everything)["state"]
+    data = (checkpoints.latest_path / "data").glob("*.json")
+    positions = [json.loads(path.read_text()) for path in data]
+    checkpoints.close()
+    return {jax.tree_util.keystr(p): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(restored)}, positions
+
+
+def assert_same_run(one: Path, two: Path):
+    (arrays, data), (others, other_data) = last_state(one), last_state(two)
+    assert arrays.keys() == others.keys() and data == other_data
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, others[name], err_msg=name)
+    np.testing.assert_array_equal(np.load(one / "checkpoint" / "w.npy"), np.load(two / "checkpoint" / "w.npy"))
+    figures = [[(r["step"], r.get("loss"), r.get("grad_norm")) for r in lines(folder)] for folder in (one, two)]
+    assert figures[0] == figures[1]
+
+
+def lines(folder: Path):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing interrupts: 6 + 6 steps, checkpoints at 4, 6, 8 and 12."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(folder)
+    return folder
+
+
+def test_a_run_learns_and_leaves_what_it_should(whole):
+    steps = [r for r in lines(whole) if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 13))
+    errors = [r["validation_error"] for r in lines(whole) if "validation_error" in r]
+    assert errors[1] < errors[0] < 2.0, "2 is where it begins"
+    assert {r["phase"] for r in steps} == {"one", "two"}
+    assert {"grad_norm", "skipped", "seconds_data", "seconds_step", "seconds_save", "flops", "twice"} <= steps[
+        -1
+    ].keys()
+    assert "mfu" not in steps[-1], "nobody knows a CPU's peak"
+    assert sorted(p.name for p in (whole / "validation").iterdir()) == ["step-000006.mp4", "step-000012.mp4"]
+    assert {p.name for p in (whole / "state").iterdir() if p.name.isdigit()} == {"8", "12"}
+
+
+@pytest.mark.parametrize("step", [2, 5, 6, 7])
+def test_killed_and_resumed_is_the_same_run(whole, tmp_path, step):
+    """kill -9 before the first checkpoint, between two, at a phase's first step, and after it."""
+    command = [sys.executable, toy_stage.__file__, str(tmp_path / "run")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([*command, "--die-at", str(step)], env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    run(tmp_path / "run", resume=True)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_signal_saves_and_resume_goes_on(whole, tmp_path):
+    def on_step(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    reporter = Silent()
+    with pytest.raises(Interrupted):
+        run(tmp_path, on_step=on_step, reporter=reporter)
+    assert reporter.lines[-2] == "stopped at step 5 of 12 (SIGTERM)"
+    assert reporter.lines[-1] == f"last good checkpoint: {tmp_path / 'state' / '5'}; go on with --resume"
+    reporter = run(tmp_path, resume=True)
+    assert reporter.lines[0] == "resumed at step 5 of 12"
+    assert reporter.steps == list(range(6, 13))
+    assert_same_run(whole, tmp_path)
+
+
+def test_time_limit(whole, tmp_path):
+    assert run(tmp_path, changed(minutes=1e-9)).steps == [1]
+    run(tmp_path, resume=True)
+    assert_same_run(whole, tmp_path)
+
+
+def test_an_interrupted_save_leaves_the_last_good_one(whole, tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, on_step=lambda step: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
+    half = tmp_path / "state" / "8.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    (half / "state" / "_METADATA").write_text("{")
+    run(tmp_path, resume=True)
+    assert_same_run(whole, tmp_path)
+
+
+def test_training_goes_on_when_the_disk_is_full_and_then_is_not(whole, tmp_path):
+    """A limit on the size of files stands for a disk that has no room: every write of more than a byte fails."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_step(step):
+        if step in (3, 5):  # the save after step 4 falls in between
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, old[1]) if step == 3 else old)
+
+    try:
+        reporter = run(tmp_path, changed(log_every=2), on_step=on_step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    warnings = [line for line in reporter.lines if line.startswith("warning")]
+    assert any("checkpoint" in line and "training goes on" in line for line in warnings), reporter.lines
+    np.testing.assert_array_equal(np.load(tmp_path / "checkpoint" / "w.npy"), np.load(whole / "checkpoint" / "w.npy"))
+    assert not list((tmp_path / "state").glob("*tmp*"))
+
+
+def test_figures_that_cannot_be_written_are_said_once(tmp_path):
+    said = []
+    metrics = Metrics(tmp_path, 0, said.append, tensorboard=False)
+    metrics.write(1, {"loss": 1.0})
+    metrics.path.unlink()
+    metrics.path.mkdir()
+    metrics.write(2, {"loss": 1.0})
+    metrics.write(3, {"loss": 1.0})
+    assert len(said) == 1 and "figures cannot be written" in said[0]
+
+
+def test_nan_is_null_in_json(tmp_path):
+    metrics = Metrics(tmp_path, 0, print, tensorboard=False)
+    metrics.write(1, {"loss": float("nan"), "phase": "one"})
+    assert lines(tmp_path) == [{"step": 1, "loss": None, "phase": "one"}]
+
+
+def test_tensorboard_files(tmp_path):
+    metrics = Metrics(tmp_path, 0, print)
+    metrics.write(1, {"loss": 1.0})
+    metrics.close()
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+# MARK: refusals
+
+
+def test_an_output_that_holds_a_run_is_kept(whole):
+    before = (whole / "metrics.jsonl").read_text()
+    with pytest.raises(
+        UserError, match="holds a run and is kept; go on with it by --resume, or choose another --output"
+    ):
+        run(whole)
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UserError, match="holds no run to resume; leave --resume out"):
+        run(tmp_path / "none", resume=True)
+
+
+def test_a_run_goes_on_with_its_own_settings_only(whole):
+    other = dataclasses.replace(changed(seed=1, log_every=7), width=4)
+    with pytest.raises(UserError, match="goes on only as it began, but run.seed: 0, now 1; width: 3, now 4; leave"):
+        run(whole, other, resume=True)
+    assert stored_config(whole, ToyConfig) == ToyConfig()
+
+
+def test_a_finished_run_has_nothing_more_to_do(whole):
+    assert run(whole, resume=True).steps == []
+
+
+def test_a_run_with_another_checkpoint_is_refused(tmp_path):
+    run(tmp_path, dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 2),)))
+    stage = ToyStage(dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 2),)), tmp_path)
+    stage.sources = {"init": "abc"}
+    with pytest.raises(UserError, match="the checkpoint given as init is another one"):
+        train(stage, tmp_path, Silent(), resume=True)
+
+
+def test_a_state_of_another_model_is_named(whole):
+    class Wider(ToyStage):
+        def parameters(self):
+            return {"toy": {"w": np.zeros(5, np.float32)}}, {}
+
+    with pytest.raises(UserError, match=r"is of another model: .* such as .*\(\(3,\), expected \(5,\)\)"):
+        train(Wider(ToyConfig(), whole), whole, Silent(), resume=True)
+
+
+def test_gives_up_after_too_many_skips(tmp_path):
+    with pytest.raises(UserError, match=r"3 updates in a row .* at step 5.*last good checkpoint: .*/state/4; go on"):
+        run(tmp_path, changed(max_skips=3), poison=(2, 3, 4, 5))
+
+
+def test_an_error_names_the_last_good_checkpoint(tmp_path):
+    def on_step(step):
+        if step == 5:
+            raise RuntimeError("the cable was pulled")
+
+    reporter = Silent()
+    with pytest.raises(RuntimeError):
+        run(tmp_path, on_step=on_step, reporter=reporter)
+    assert reporter.lines[-1] == f"last good checkpoint: {tmp_path / 'state' / '4'}; go on with --resume"
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda mesh=None: 100)
+    with pytest.raises(
+        UserError, match="^training needs about .*weights .*, but only .* are free; use more run.streams"
+    ):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_counts_what_there_is():
+    config = dataclasses.replace(ToyConfig(), optimizer=dataclasses.replace(ToyConfig().optimizer, b1=0.0, ema=0.0))
+    parts = required_memory(ToyStage(config, Path("none")))
+    assert parts == {
+        "weights": 12, "optimiser": 12, "averaged weights": 0, "gradients": 24, "frozen networks": 0, "activations": 96
+    }  # fmt: skip
+
+
+def test_a_mesh_larger_than_the_machine(tmp_path):
+    with pytest.raises(UserError, match="mesh data 2 .* needs 2 devices, there are 1"):
+        run(tmp_path / "run", changed(data=2))
