@@ -64,7 +64,7 @@ class Stage:
 STAGES = {
     "first-blocks": Stage(clips=8192, latent_frames=3, frames=3, batch_size=64, steps=4000, rate=2e-3),
     # Frames: the sink, and three blocks from anywhere in the clip.
-    "clips": Stage(clips=1024, latent_frames=15, frames=12, batch_size=8, steps=1100, rate=1e-3),
+    "clips": Stage(clips=1024, latent_frames=15, frames=12, batch_size=8, steps=1500, rate=1e-3),
 }
 
 
