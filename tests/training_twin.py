@@ -19,13 +19,14 @@ class Twin:
     Args:
       rollout: what is to be checked; only its settings and the network's structure are used.
       params: of the student; gradients flow to these from the exit passes.
-      prompts: two of them, and the switch frame.
+      embeds: of both prompts.
+      switch_frame: where the second begins.
     """
 
-    def __init__(self, rollout, params, prompts):
+    def __init__(self, rollout, params, embeds, switch_frame: int):
         self.model, self.frozen = (nnx.merge(rollout.transformer, p) for p in (params, stop(params)))
         self.sampler, self.window, self.config = rollout.sampler, rollout.window, rollout.config
-        self.prompts, self.prompt = prompts, 0
+        self.embeds, self.switch_frame, self.prompt = embeds, switch_frame, 0
         self.memory = []  # frames: [(clean k, v) a layer, (exit k, v) a layer or None], oldest first
         self.made = []
 
@@ -37,10 +38,10 @@ class Twin:
         end = len(self.made) + f * len(noise)
         for fresh in noise:
             start = len(self.made)
-            if self.prompt == 0 and start >= self.prompts.switch_frame:
+            if self.prompt == 0 and start >= self.switch_frame:
                 self.prompt = 1
                 self.switch(start)
-            learns = self.prompt == 1 or not self.prompts.switch_frame <= end - f
+            learns = self.prompt == 1 or not self.switch_frame <= end - f
             positions, x = list(range(start, start + f)), fresh[0]
             for k in range(exit_step):
                 flow, _ = self.network(self.frozen, x, steps[k], positions)
@@ -50,7 +51,7 @@ class Twin:
             x0 = x - sigmas[exit_step] * flow
             context, t = stop(x0), self.sampler.context_noise
             if self.config.quirks.noisy_context:
-                sigma = sigma_of(t, shift)
+                sigma = sigma_of([t], shift)[0]
                 context = (1 - sigma) * context + sigma * fresh[-1]
             _, clean = self.network(self.frozen, context, t, positions)
             self.memory += [(stop(c), e if learns else None) for c, e in zip(clean, exits)]
@@ -90,7 +91,7 @@ class Twin:
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         turn = rope.rotation(jnp.asarray(positions), rows, columns, cfg.head_dim, cfg.rope_theta)
         tokens, e, e6 = model._embed(jnp.asarray(x), jnp.full(x.shape[:2], t, jnp.float32))
-        text_kv = model.text_kv(self.prompts.embeds[self.prompt])
+        text_kv = model.text_kv(self.embeds[self.prompt])
         stored, layers = [], iter(range(cfg.num_layers))
 
         def read(layer, which):

@@ -94,7 +94,7 @@ class Rollout:
         params = jax.lax.stop_gradient(params)
         text_kvs = self._text_kvs(params, prompts)
         timesteps, sigmas = self._steps()
-        sigma_context = float(sigma_of(self.sampler.context_noise, self.sampler.shift))
+        sigma_context = float(sigma_of([self.sampler.context_noise], self.sampler.shift)[0])
 
         def block(state, noise):
             model = self._model(params)

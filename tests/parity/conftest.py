@@ -1,5 +1,6 @@
 """Rebuilds the recorded cases: weights and inputs from seeds, expected outputs from `data/`. See data/README.md."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -23,6 +24,7 @@ CONFIGS = {
     "vae": VAEConfig(base_width=8),
     "text_encoder": TextEncoderConfig(vocab_size=300, dim=48, attention_dim=64, ffn_dim=96, num_heads=4, num_layers=3),
 }
+TEACHER = dataclasses.replace(CONFIGS["transformer"], dim=96, ffn_dim=160, num_layers=2, num_heads=3)
 LATENT = (16, 8, 12)  # channels, rows and columns of the DiT's cases
 
 
@@ -135,6 +137,19 @@ def checkpoints(originals, tmp_path_factory) -> dict[str, Path]:
     convert_wan(wan, root / "base", generator=base, dtype="float32")
     convert_wan(wan, root / "lora", generator=base, loras=[(lora, 1.0)], dtype="float32")
     return {name: root / name for name in ("wan", "base", "lora")}
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory) -> dict[str, Path]:
+    """Files of the critic and the teacher of the training case, the latter with a head count of its own."""
+    root, files = tmp_path_factory.mktemp("networks"), {}
+    for name, cfg, seed in (("critic", CONFIGS["transformer"], 61), ("teacher", TEACHER, 71)):
+        shapes = tables.WAN["transformer"](cfg).torch_shapes(tensor_shapes("transformer", cfg))
+        weights = checked(random_weights(shapes, seed), MANIFEST["weights"][name])
+        files[name] = root / f"{name}.safetensors"
+        save_file({key: torch.from_numpy(value) for key, value in weights.items()}, files[name])
+    (root / "teacher.json").write_text(json.dumps({"num_heads": TEACHER.num_heads}))
+    return files
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def by_rollout(rollout, switch_frame: int, exit_steps):
 def by_twin(rollout, switch_frame: int, exit_steps):
     @jax.jit
     def run(params):
-        twin = Twin(rollout, params, prompts_of(switch_frame))
+        twin = Twin(rollout, params, prompts_of(switch_frame).embeds, switch_frame)
         return jnp.concatenate([twin.chunk(e, draws_of(i, e).noise) for i, e in enumerate(exit_steps)], axis=1)
 
     return run(network()[1])
@@ -71,13 +71,14 @@ def by_twin(rollout, switch_frame: int, exit_steps):
 @pytest.mark.parametrize(
     ("quirks", "switch_frame"),
     [
-        ({}, 100),
-        ({"noisy_context": False}, 8),
         ({}, 10),  # within the second chunk
-        ({"sink": "refresh"}, 14),
-        ({"sink": "zero"}, 4),
-        ({"sink": "zero"}, 8),  # all frames so far are within reach: the sink is made again
-        ({"sink": "zero"}, 14),
+        pytest.param({}, 100, marks=pytest.mark.slow),
+        pytest.param({"noisy_context": False}, 8, marks=pytest.mark.slow),
+        pytest.param({"sink": "refresh"}, 14, marks=pytest.mark.slow),
+        pytest.param({"sink": "zero"}, 4, marks=pytest.mark.slow),
+        # All frames so far are within reach: the sink is made again.
+        pytest.param({"sink": "zero"}, 8, marks=pytest.mark.slow),
+        pytest.param({"sink": "zero"}, 14, marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_twin(quirks, switch_frame):
@@ -87,7 +88,7 @@ def test_equals_the_twin(quirks, switch_frame):
     np.testing.assert_allclose(latents, by_twin(rollout, switch_frame, exit_steps), atol=2e-5)
 
 
-@pytest.mark.parametrize("sink", ["keep", "refresh"])
+@pytest.mark.parametrize("sink", ["keep", pytest.param("refresh", marks=pytest.mark.slow)])
 def test_switch_equals_the_decoders(sink):
     rollout = make(sink=sink, noisy_context=False)
     last = len(SAMPLER.steps) - 1
@@ -121,7 +122,7 @@ def gradient(rollout, switch_frame: int, exit_steps):
 
 def twin_gradient(rollout, switch_frame: int, exit_steps):
     def loss(params):
-        twin = Twin(rollout, params, prompts_of(switch_frame))
+        twin = Twin(rollout, params, prompts_of(switch_frame).embeds, switch_frame)
         latents = [twin.chunk(e, draws_of(i, e).noise) for i, e in enumerate(exit_steps)][-1]
         return jnp.sum(latents * jnp.sin(jnp.arange(latents.size).reshape(latents.shape)))
 
@@ -134,14 +135,22 @@ def distance(a, b) -> float:
     return (square(jax.tree.map(jnp.subtract, a, b)) / square(b)) ** 0.5
 
 
-@pytest.mark.parametrize("cache_gradient", ["detach", "straight_through"])
-@pytest.mark.parametrize(("switch_frame", "exit_steps"), [(4, (1,)), (8, (1, 0))])
+@pytest.mark.parametrize(
+    ("cache_gradient", "switch_frame", "exit_steps"),
+    [
+        ("detach", 4, (1,)),
+        pytest.param("straight_through", 4, (1,), marks=pytest.mark.slow),
+        pytest.param("detach", 8, (1, 0), marks=pytest.mark.slow),
+        pytest.param("straight_through", 8, (1, 0), marks=pytest.mark.slow),
+    ],
+)
 def test_gradient_equals_the_twins(cache_gradient, switch_frame, exit_steps):
     rollout = make(cache_gradient=cache_gradient)
     ours, twins = gradient(rollout, switch_frame, exit_steps), twin_gradient(rollout, switch_frame, exit_steps)
     assert distance(ours, twins) < 1e-5
 
 
+@pytest.mark.slow
 def test_straight_through_adds_what_flows_through_the_cache():
     straight, detached = (gradient(make(cache_gradient=c), 100, (1,)) for c in ("straight_through", "detach"))
     assert distance(straight, detached) > 1e-3
