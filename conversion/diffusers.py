@@ -13,7 +13,6 @@ Every setting of the config files that sizes a model stands in a table here, by 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from longlive_jax.conversion import sizes
 from longlive_jax.conversion.readers import Reader, open_weights
 from longlive_jax.conversion.tables_diffusers import DIFFUSERS, TIED
 from longlive_jax.errors import UserError, collect, raise_all
+from longlive_jax.json_files import read_json
 
 INDEX = "model_index.json"
 
@@ -137,19 +137,6 @@ def check_index(folder: Path) -> None:
     second = index.get("transformer_2")
     if (isinstance(second, list) and any(second)) or index.get("expand_timesteps"):
         raise UserError(f"{folder / INDEX} is Wan 2.2's; only Wan 2.1 (one transformer, one timestep) is supported")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file."""
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; copy the whole folder") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy or download it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no settings; copy or download it again")
-    return values
 
 
 def read_sizes(folder: Path, part: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 from longlive_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, ModelConfig, SamplerConfig, from_dict, replace, to_dict
 from longlive_jax.errors import UserError
+from longlive_jax.json_files import read_json
 
 FILE = "longlive.json"
 
@@ -62,11 +63,8 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it again, or remove it") from error
-    if not isinstance(values, dict) or values.get("format") not in BUILT_IN:
+    values = read_json(path, "copy it again, or remove it")
+    if values.get("format") not in tuple(BUILT_IN):  # a tuple: what cannot be a key is only not there
         raise UserError(f"{path} does not name its format; copy it again, or remove it")
     return values
 
@@ -81,5 +79,8 @@ def restore(folder: Path, configs: dict[str, Any]) -> SamplerConfig:
     for part, settings in BUILT_IN[values["format"]].items() if values else ():
         changes = values.get(part, {})
         if part in configs and isinstance(changes, dict):
-            configs[part] = replace(configs[part], **{name: changes[name] for name in settings if name in changes})
+            try:
+                configs[part] = replace(configs[part], **{name: changes[name] for name in settings if name in changes})
+            except UserError as error:
+                raise UserError(f"{where}: {part}: {error}") from None
     return from_dict(SamplerConfig, values.get("sampler", {}), f"{where}: sampler")

@@ -14,7 +14,6 @@ Three namings are known, each with the DiT's original module names or diffusers'
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ import numpy as np
 from longlive_jax.conversion.readers import Reader, open_weights
 from longlive_jax.conversion.tables_diffusers import TRANSFORMER_MODULES
 from longlive_jax.errors import UserError
+from longlive_jax.json_files import parse_json, read_json
 
 LORA_KEYS = ("generator_lora",)
 """Entries of a LongLive file that hold a LoRA for the generator."""
@@ -152,12 +152,14 @@ def _settings(reader: Reader) -> dict[str, Any]:
     path, where = reader.paths[0], f"the header of {reader.paths[0]}"
     text = reader.metadata.get("lora_adapter_metadata", "{}")
     config = path.with_name("adapter_config.json")
+    if path.name.startswith("adapter_model.") and config.is_file():
+        where, found = str(config), read_json(config)
+    else:
+        found = parse_json(text, where)
+    settings = {name.removeprefix("transformer."): value for name, value in found.items()}
     try:
-        if path.name.startswith("adapter_model.") and config.is_file():
-            where, text = str(config), config.read_text("utf-8")
-        settings = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
         float(settings.get("lora_alpha", 1))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{where} does not say how the LoRA was made ({error}); copy or download it again") from error
     return settings
 

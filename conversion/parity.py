@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from longlive_jax.config import unknown_name
 from longlive_jax.conversion.rollout import rollout
 from longlive_jax.conversion.training_parity import streaming_training
 from longlive_jax.errors import UserError
+from longlive_jax.json_files import parse_json
 from longlive_jax.models.layers import structure
 
 
@@ -69,14 +68,15 @@ def read_case(path: str | Path) -> Case:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError as error:
         raise UserError(f"there is no case {path}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except Exception as error:  # of zipfile, zlib, numpy's headers, or the memory that a damaged one asks for
         raise UserError(f"{path} is damaged or no .npz file; copy it again") from error
-    try:
-        meta = json.loads(str(arrays.pop("meta")))
-        kind = meta["kind"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} has no 'meta' with a kind, so it is no parity case") from error
-    return Case(path, kind, meta, arrays)
+    odd = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if odd:
+        raise UserError(f"{path} has {', '.join(odd)}, which are no arrays; copy it again")
+    meta = parse_json(str(arrays.pop("meta", "")), f"{path}: its 'meta'", "copy it again")
+    if not isinstance(meta.get("kind"), str):
+        raise UserError(f"{path} has no 'meta' with a kind, so it is no parity case")
+    return Case(path, meta["kind"], meta, arrays)
 
 
 Outputs = dict[str, tuple]

@@ -23,8 +23,8 @@ GENERATOR_KEYS = ("generator", "generator_ema", "model")
 """Entries of a LongLive or Self-Forcing file that hold a DiT, in the order they are tried."""
 
 WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
-UNSAFE = ("GLOBAL", "unrecognized function")
-"""In the messages of torch's weights-only loader: the pickle asks for something other than tensors and containers."""
+UNSAFE = ("GLOBAL", "unrecognized function", "TorchScript")
+"""In the messages of torch's weights-only loader: the file asks for something other than tensors and containers."""
 
 PREFIXES = re.compile(r"^(?:model\.|module\.|diffusion_model\.)+")
 
@@ -87,7 +87,7 @@ class TorchReader:
         import torch
 
         wrong = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
-        wrong += [name for name, value in tensors.items() if name not in wrong and value.layout != torch.strided]
+        wrong += [name for name, value in tensors.items() if isinstance(value, torch.Tensor) and not is_plain(value)]
         if wrong:
             raise UserError(f"{where} holds more than plain tensors: {', '.join(wrong)}; save the state dict alone")
         self.where = where
@@ -102,7 +102,7 @@ class TorchReader:
     def read(self, name: str) -> np.ndarray:
         if self._reopen is not None and self._read > MAPPED_BYTES:
             self._tensors, self._read = self._reopen(), 0
-        tensor = self._tensors[self._names[name]].detach().contiguous()
+        tensor = self._tensors[self._names[name]].detach().contiguous()  # is_plain: not more than the file has
         self._read += tensor.nbytes
         dtype = self.dtypes[name]
         if dtype == ml_dtypes.bfloat16:  # torch cannot hand this type to numpy; the bits go over as integers
@@ -110,6 +110,15 @@ class TorchReader:
 
             return tensor.view(torch.int16).numpy().view(dtype)
         return tensor.numpy()
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether all numbers of a tensor are in the file: not sparse, no shape alone, not a few that stand for many."""
+    import torch
+
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _numpy_dtype(dtype) -> np.dtype:
@@ -200,12 +209,12 @@ def load_pickle(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice to its own users
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # torch raises whatever a damaged archive leads to
         if any(sign in str(error) for sign in UNSAFE):
             raise UserError(
                 f"{path} is refused: it holds more than weights and could run code; get a .safetensors file, or save "
                 "the state dict alone"
             ) from error
-        raise UserError(f"{path} is damaged or no PyTorch file of weights; copy or download it again") from error
-    except Exception as error:  # torch raises whatever a damaged archive leads to
+        if isinstance(error, pickle.UnpicklingError):
+            raise UserError(f"{path} is damaged or no PyTorch file of weights; copy or download it again") from error
         raise UserError(f"{path} is cut off or damaged; copy or download it again") from error

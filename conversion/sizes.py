@@ -6,14 +6,14 @@ config.json; what both say must agree.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from longlive_jax.config import TextEncoderConfig, TransformerConfig, VAEConfig
+from longlive_jax.config import TextEncoderConfig, TransformerConfig, VAEConfig, from_dict
 from longlive_jax.errors import UserError
+from longlive_jax.json_files import read_json
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -41,13 +41,8 @@ def count(names: Iterable[str], prefix: str) -> int:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Wan's config.json. Raises UserError if it is missing, no JSON, or lacks the head count."""
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; it says how many heads there are") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy or download it again") from error
-    if not isinstance(settings, dict) or type(settings.get("num_heads")) is not int or settings["num_heads"] < 1:
+    settings = read_json(path, "it says how many heads there are: copy or download it again")
+    if type(settings.get("num_heads")) is not int or settings["num_heads"] < 1:
         raise UserError(f"{path} has no num_heads; use the config.json of the model's folder")
     if settings.get("model_type", "t2v") != "t2v":
         raise UserError(f"{path}: model_type is '{settings['model_type']}'; only t2v (text to video) is supported")
@@ -70,20 +65,21 @@ def transformer_sizes(shapes: Shapes, settings: dict[str, Any], where: str) -> T
     }
     for name, value in read.items():
         if name in settings and settings[name] != value:
-            raise UserError(f"{where}: {name} is {value}, config.json says {settings[name]}; these are two models")
-    return TransformerConfig(
-        dim=dim,
-        ffn_dim=read["ffn_dim"],
-        num_layers=read["num_layers"],
-        num_heads=settings["num_heads"],
-        in_channels=channels,
-        out_channels=read["out_dim"],
-        patch=tuple(patch),
-        text_dim=read["text_dim"],
-        text_length=settings.get("text_len", 512),
-        time_dim=read["freq_dim"],
-        eps=float(settings.get("eps", 1e-6)),
-    )
+            raise UserError(f"{where}: {name} is {value}, config.json says {settings[name]!r}; these are two models")
+    values = {
+        "dim": dim,
+        "ffn_dim": read["ffn_dim"],
+        "num_layers": read["num_layers"],
+        "num_heads": settings["num_heads"],
+        "in_channels": channels,
+        "out_channels": read["out_dim"],
+        "patch": patch,
+        "text_dim": read["text_dim"],
+        "text_length": settings.get("text_len", 512),
+        "time_dim": read["freq_dim"],
+        "eps": settings.get("eps", 1e-6),
+    }
+    return from_dict(TransformerConfig, values, f"{where} and config.json")
 
 
 def wan_settings(cfg: TransformerConfig) -> dict[str, Any]:
@@ -118,12 +114,13 @@ def vae_sizes(shapes: Shapes, where: str) -> VAEConfig:
     channels = shape("conv2.weight", 5)[0]
     if channels != VAEConfig.z_channels:
         raise UserError(f"{where} has {channels} latent channels; Wan 2.1's {VAEConfig.z_channels} are supported")
-    return VAEConfig(
-        base_width=base,
-        multipliers=tuple(level[0] // base for level in levels),
-        res_blocks=len(levels[0]),
-        temporal=tuple(temporal),
-    )
+    values = {
+        "base_width": base,
+        "multipliers": [level[0] // base for level in levels],
+        "res_blocks": len(levels[0]),
+        "temporal": temporal,
+    }
+    return from_dict(VAEConfig, values, where)
 
 
 def text_encoder_sizes(shapes: Shapes, where: str) -> TextEncoderConfig:
@@ -131,12 +128,13 @@ def text_encoder_sizes(shapes: Shapes, where: str) -> TextEncoderConfig:
     shape = _Shapes(shapes, where)
     vocab_size, dim = shape("token_embedding.weight", 2)
     buckets, heads = shape("blocks.0.pos_embedding.embedding.weight", 2)
-    return TextEncoderConfig(
-        vocab_size=vocab_size,
-        dim=dim,
-        attention_dim=shape("blocks.0.attn.q.weight", 2)[0],
-        ffn_dim=shape("blocks.0.ffn.fc1.weight", 2)[0],
-        num_heads=heads,
-        num_layers=count(shapes, "blocks"),
-        num_buckets=buckets,
-    )
+    values = {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "attention_dim": shape("blocks.0.attn.q.weight", 2)[0],
+        "ffn_dim": shape("blocks.0.ffn.fc1.weight", 2)[0],
+        "num_heads": heads,
+        "num_layers": count(shapes, "blocks"),
+        "num_buckets": buckets,
+    }
+    return from_dict(TextEncoderConfig, values, where)

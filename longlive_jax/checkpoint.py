@@ -31,6 +31,7 @@ from flax import nnx
 
 from longlive_jax.config import ModelConfig, from_dict, to_dict
 from longlive_jax.errors import UserError, collect, raise_all
+from longlive_jax.json_files import read_json
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
@@ -127,11 +128,8 @@ def _read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint folder {folder}; make one with `longlive convert`")
     if not path.is_file():
         raise UserError(f"{path} is missing; {folder} is no checkpoint folder, `longlive convert` makes one")
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from error
-    if not isinstance(values, dict) or "format" not in values:
+    values = read_json(path, "copy the checkpoint again")
+    if "format" not in values:
         raise UserError(f"{path} is not one of ours; convert original weights first: longlive convert --wan {folder}")
     if values["format"] != FORMAT:
         raise UserError(f"{path} has format {values['format']}, this program reads {FORMAT}; update longlive-jax")

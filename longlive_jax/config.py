@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from typing import Any
@@ -27,6 +28,9 @@ SPATIAL_FACTOR = 8
 
 MAX_ABSOLUTE_FRAMES = 1024
 """Latent frames that absolute RoPE has positions for (reference section 3)."""
+
+MAX_LAYERS, MAX_SIZE = 1000, 2**24
+"""No model has more layers, or a larger size of any other kind; Wan's largest are 40, and a vocabulary of 256384."""
 
 WAN_LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -70,6 +74,7 @@ class TransformerConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self):
+        _check_sizes("transformer", self)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise UserError(f"transformer: dim {self.dim} does not split into {self.num_heads} heads of even width")
         if self.patch[0] != 1:
@@ -114,6 +119,7 @@ class VAEConfig:
     latent_std: tuple[float, ...] = WAN_LATENT_STD
 
     def __post_init__(self):
+        _check_sizes("vae", self)
         if len(self.temporal) != len(self.multipliers) - 1:
             raise UserError(f"vae: temporal needs {len(self.multipliers) - 1} entries, got {len(self.temporal)}")
         if not len(self.latent_mean) == len(self.latent_std) == self.z_channels:
@@ -156,6 +162,7 @@ class TextEncoderConfig:
     eps: float = 1e-6
 
     def __post_init__(self):
+        _check_sizes("text encoder", self)
         if self.attention_dim % self.num_heads:
             raise UserError(f"text encoder: width {self.attention_dim} does not split into {self.num_heads} heads")
 
@@ -368,10 +375,22 @@ def _coerce(kind, value, name: str):
             raise UserError(f"{name} needs {len(item_kinds)} entries, got {len(value)}")
         return tuple(_coerce(k, v, name) for k, v in zip(item_kinds, value))
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) <= sys.float_info.max:  # JSON knows NaN, Infinity and whole numbers of any length
+            raise UserError(f"{name} must be a finite number")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{name} must be {kind.__name__}, got {value!r}")
     return value
+
+
+def _check_sizes(part: str, config) -> None:
+    """Refuses sizes of no model. Settings come out of files: with a damaged one, planning alone would take for ever."""
+    for name, value in vars(config).items():
+        most = MAX_LAYERS if name in ("num_layers", "res_blocks") else MAX_SIZE
+        least = 0 if name == "res_blocks" else 1
+        for size in value if isinstance(value, tuple) else (value,):
+            if type(size) is int and not least <= size <= most:
+                raise UserError(f"{part}: {name} is {value}; {least} to {most} is possible")
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

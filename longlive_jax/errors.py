@@ -7,8 +7,12 @@ from collections.abc import Iterator, Sequence
 class UserError(Exception):
     """Bad input. The message is one clear line that says what is wrong and what to do about it.
 
-    The command line prints it without a traceback and exits with status 1; library users can catch it.
+    The command line prints it without a traceback and exits with status 1; library users can catch it. Names out of
+    files may be in it: what is not printable, such as line breaks and codes for terminals, is shown as its escape.
     """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 @contextlib.contextmanager

@@ -7,12 +7,12 @@ network.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from longlive_jax.errors import UserError
+from longlive_jax.tensor_files import read_index
 
 SHIPPED = Path(__file__).parent / "weights"
 """Checkpoint folders that come with the package, by name."""
@@ -94,16 +94,9 @@ def file(source: str | Path) -> Path:
                 index = _file(repo, f"{name}.index.json")
             except UserError:
                 raise error from None
-    for shard in _shards(index):
+    for shard in read_index(index)[1]:
         _file(repo, Path(name).with_name(shard).as_posix())
     return index.with_name(Path(name).name)
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        return sorted({Path(name).name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of shards; download it again") from error
 
 
 def origin(path: Path) -> str | None:

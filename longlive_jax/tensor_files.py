@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from longlive_jax.errors import UserError, collect, raise_all
+from longlive_jax.json_files import read_json
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -113,8 +114,34 @@ class SafetensorsFile:
 
     def read(self, name: str) -> np.ndarray:
         """The values of one tensor, in memory of their own."""
-        with safe_open(self.path, "np") as file:  # opened each time: pages of a mapped file count as memory in use
-            return file.get_tensor(name)
+        try:
+            with safe_open(self.path, "np") as file:  # opened each time: pages of a mapped file count as memory in use
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:  # as when it was opened, unless it has changed since
+            raise UserError(f"{self.path}: {name} cannot be read ({error}); copy or download it again") from error
+
+
+def read_index(path: Path) -> tuple[dict[str, str], list[str]]:
+    """An index of shards: tensor -> file, and the names of all files, which stand beside the index.
+
+    Raises:
+      UserError: it cannot be read, is no index, or names files elsewhere.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{path} is no index of shards; copy or download it again")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if not is_plain(name)]
+    if outside:
+        raise UserError(f"{path} names {', '.join(outside)}; shards stand beside their index, by plain names")
+    return weight_map, names
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name out of a file is that of something in the same folder: no path, no link to the folder above."""
+    return (
+        name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"} and len(name.encode("utf-8", "replace")) < 256
+    )
 
 
 class SafetensorsPart:
@@ -132,11 +159,7 @@ class SafetensorsPart:
             if not path.is_file():
                 raise UserError(f"{path} is missing, and so is {index.name}; copy it there")
             return cls([SafetensorsFile(path)])
-        try:
-            weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
-            names = sorted({Path(name).name for name in weight_map.values()})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index} is no index of shards; copy or download it again") from error
+        weight_map, names = read_index(index)
         files, faults = [], []
         for name in names:
             with collect(faults):

@@ -26,6 +26,9 @@ SPACE = "\u2581"  # sentencepiece's visible space: it starts every word
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # sentencepiece's piece types that matter here
 UNIGRAM = 1  # its model type
 
+MAX_BYTES = 256 * 2**20
+"""umT5's tokenizer.json has 17 MB. A larger file is none and is not read."""
+
 
 def clean(text: str) -> str:
     """Wan's prompt cleaning: mends mojibake, unescapes HTML twice, makes each run of white space one blank, strips."""
@@ -87,6 +90,11 @@ class PromptTokenizer:
           UserError: neither is there, or the file is broken.
         """
         json_file, model_file = Path(folder) / "tokenizer.json", Path(folder) / "spiece.model"
+        for file in (json_file, model_file):
+            if file.is_file() and file.stat().st_size > MAX_BYTES:
+                raise UserError(
+                    f"{file} is larger than {MAX_BYTES // 2**20} MB, which no tokenizer is; download it again"
+                )
         if json_file.is_file():
             try:
                 tokenizer = Tokenizer.from_file(str(json_file))
@@ -103,7 +111,10 @@ class PromptTokenizer:
                 f"no tokenizer in {folder}: expected {json_file} (or {model_file}); "
                 "copy it there from the model's repository (Wan: google/umt5-xxl/)"
             )
-        return cls(tokenizer, max_length)
+        try:
+            return cls(tokenizer, max_length)
+        except UserError as error:
+            raise UserError(f"{json_file if json_file.is_file() else model_file}: {error}") from None
 
     @property
     def vocab_size(self) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any, Literal
-
-from rich.console import Console
 
 from longlive_jax.errors import UserError
 
@@ -45,9 +44,8 @@ class Convert:
     def run(self) -> int:
         self.check()
         report = self.convert() if self.wan else self.export()
-        console = Console(stderr=True)
         for warning in report.get("warnings", ()):
-            console.print(f"warning: {warning}", highlight=False)
+            print(f"warning: {warning}", file=sys.stderr)
         print(f"{self.output}: {report['summary']}")
         return 0
 

@@ -44,10 +44,11 @@ def test_config_and_weights_must_agree(configs):
     ("text", "expected"),
     [
         ("{", "not valid JSON"),
-        ("[]", "no num_heads"),
+        ("[]", "no table of settings"),
         ("{}", "no num_heads"),
         ('{"num_heads": "2"}', "no num_heads"),
         ('{"num_heads": 0}', "no num_heads"),
+        ("[" * 100000, "not valid JSON"),
         ('{"num_heads": 2, "model_type": "i2v"}', "only t2v"),
     ],
 )
