@@ -186,8 +186,8 @@ def main():
         print(f"checkpoint in {args.output / f'checkpoint-{name}'}", flush=True)
 
 
-STEPS = (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)
-"""Not distilled yet: eight steps along the flow instead of four with fresh noise."""
+STEPS = tuple(float(round(step)) for step in np.linspace(1000, 0, 16, endpoint=False))
+"""Not distilled yet: sixteen steps along the flow instead of four with fresh noise (eight: colour 80 %, not 86)."""
 
 
 if __name__ == "__main__":
