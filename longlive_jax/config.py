@@ -375,8 +375,8 @@ def _coerce(kind, value, name: str):
             raise UserError(f"{name} needs {len(item_kinds)} entries, got {len(value)}")
         return tuple(_coerce(k, v, name) for k, v in zip(item_kinds, value))
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not abs(value) <= sys.float_info.max:  # JSON knows NaN, Infinity and whole numbers of any length
-            raise UserError(f"{name} must be a finite number")
+        if abs(value) > sys.float_info.max and not isinstance(value, float):  # JSON's whole numbers have any length
+            raise UserError(f"{name} is too large a number")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{name} must be {kind.__name__}, got {value!r}")
@@ -391,6 +391,8 @@ def _check_sizes(part: str, config) -> None:
         for size in value if isinstance(value, tuple) else (value,):
             if type(size) is int and not least <= size <= most:
                 raise UserError(f"{part}: {name} is {value}; {least} to {most} is possible")
+            if type(size) is float and not math.isfinite(size):  # JSON knows NaN and Infinity
+                raise UserError(f"{part}: {name} is {value}; it must be finite")
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

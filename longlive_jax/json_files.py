@@ -46,7 +46,7 @@ def parse_json(text: str, where: str, advice: str = "copy or download it again")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}); {advice}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{where} holds no table of settings; {advice}")
+        raise UserError(f"{where} holds no settings; {advice}")
     level, depth = [values], 0
     while level := [child for node in level for child in (node.values() if isinstance(node, dict) else node)
                     if isinstance(child, (dict, list))]:  # fmt: skip

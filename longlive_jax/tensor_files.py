@@ -127,7 +127,7 @@ def read_index(path: Path) -> tuple[dict[str, str], list[str]]:
     Raises:
       UserError: it cannot be read, is no index, or names files elsewhere.
     """
-    weight_map = read_json(path).get("weight_map")
+    weight_map = read_json(path, "it is no index of shards; copy or download it again").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{path} is no index of shards; copy or download it again")
     names = sorted(set(weight_map.values()))

@@ -24,7 +24,7 @@ class Convert:
       lora_alpha: alpha of the LoRAs whose files do not say it; their rank by default.
       checkpoint: a checkpoint folder to convert back.
       to: what to: torch (LongLive's and Wan's own files) or diffusers.
-      dtype: of the tensors written, bfloat16 or float32; bfloat16 by default, on the way back as stored.
+      dtype: of the tensors written; bfloat16 by default, on the way back as stored.
       verify: read everything back, compare checksums and, with PyTorch, the numbers of each layer with the source's.
       overwrite: replace an output that exists.
     """
@@ -37,7 +37,7 @@ class Convert:
     lora_alpha: float | None = None
     checkpoint: str | None = None
     to: Literal["torch", "diffusers"] | None = None
-    dtype: str | None = None
+    dtype: Literal["bfloat16", "float32"] | None = None
     verify: bool = False
     overwrite: bool = False
 

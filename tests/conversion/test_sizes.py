@@ -44,7 +44,7 @@ def test_config_and_weights_must_agree(configs):
     ("text", "expected"),
     [
         ("{", "not valid JSON"),
-        ("[]", "no table of settings"),
+        ("[]", "holds no settings"),
         ("{}", "no num_heads"),
         ('{"num_heads": "2"}', "no num_heads"),
         ('{"num_heads": 0}', "no num_heads"),
