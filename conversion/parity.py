@@ -73,7 +73,7 @@ def read_case(path: str | Path) -> Case:
     odd = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
     if odd:
         raise UserError(f"{path} has {', '.join(odd)}, which are no arrays; copy it again")
-    meta = parse_json(str(arrays.pop("meta", "")), f"{path}: its 'meta'", "copy it again")
+    meta = parse_json(str(arrays.pop("meta", "")), f"{path} is no parity case: its 'meta'", "copy it again")
     if not isinstance(meta.get("kind"), str):
         raise UserError(f"{path} has no 'meta' with a kind, so it is no parity case")
     return Case(path, meta["kind"], meta, arrays)

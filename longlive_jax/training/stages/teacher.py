@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -48,7 +49,7 @@ class TeacherStage(TransformerStage):
     def validate(self, best, frozen):
         params = self.networks(best, frozen)
         prompts = test_prompts(4)
-        tokens, empty = self._tokenizer(prompts), self._tokenizer([""] * len(prompts))
+        tokens, empty = (jax.tree.map(jnp.asarray, self._tokenizer(texts)) for texts in (prompts, [""] * len(prompts)))
         model, text = self.models(params, params)
         sampler = self.model.sampler
         frames = self.config.phases[-1].frames
