@@ -147,7 +147,7 @@ def networks(tmp_path_factory) -> dict[str, Path]:
         shapes = tables.WAN["transformer"](cfg).torch_shapes(tensor_shapes("transformer", cfg))
         weights = checked(random_weights(shapes, seed), MANIFEST["weights"][name])
         files[name] = root / f"{name}.safetensors"
-        save_file({key: torch.from_numpy(value) for key, value in weights.items()}, files[name])
+        save_file(weights, files[name])
     (root / "teacher.json").write_text(json.dumps({"num_heads": TEACHER.num_heads}))
     return files
 
