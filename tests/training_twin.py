@@ -1,5 +1,7 @@
 """The rollout as it reads in the paper: a Python loop over blocks, and a list of frames with their keys and values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -24,7 +26,7 @@ class Twin:
     """
 
     def __init__(self, rollout, params, embeds, switch_frame: int):
-        self.model, self.frozen = (nnx.merge(rollout.transformer, p) for p in (params, stop(params)))
+        self.graph, self.params, self.frozen = rollout.transformer, params, stop(params)
         self.sampler, self.window, self.config = rollout.sampler, rollout.window, rollout.config
         self.embeds, self.switch_frame, self.prompt = embeds, switch_frame, 0
         self.memory = []  # frames: [(clean k, v) a layer, (exit k, v) a layer or None], oldest first
@@ -46,8 +48,8 @@ class Twin:
             for k in range(exit_step):
                 flow, _ = self.network(self.frozen, x, steps[k], positions)
                 x = (1 - sigmas[k + 1]) * (x - sigmas[k] * flow) + sigmas[k + 1] * fresh[k + 1]
-            model = self.model if learns else self.frozen
-            flow, exits = self.network(model, x, steps[exit_step], positions)
+            params = self.params if learns else self.frozen
+            flow, exits = self.network(params, x, steps[exit_step], positions)
             x0 = x - sigmas[exit_step] * flow
             context, t = stop(x0), self.sampler.context_noise
             if self.config.quirks.noisy_context:
@@ -84,39 +86,43 @@ class Twin:
         _, again = self.network(self.frozen, latents, self.sampler.context_noise, frames, seen)
         self.memory = [*seen, *((clean, None) for clean in again)]
 
-    def network(self, model, x, t, positions, past=None):
+    def network(self, params, x, t, positions, past=None):
         """Flow of the frames x, and the keys and values of each."""
-        cfg, frames = model.cfg, x.shape[1]
-        past = self.attended(frames) if past is None else past
-        rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        turn = rope.rotation(jnp.asarray(positions), rows, columns, cfg.head_dim, cfg.rope_theta)
-        tokens, e, e6 = model._embed(jnp.asarray(x), jnp.full(x.shape[:2], t, jnp.float32))
-        text_kv = model.text_kv(self.embeds[self.prompt])
-        stored, layers = [], iter(range(cfg.num_layers))
+        past = self.attended(x.shape[1]) if past is None else past
+        embeds = self.embeds[self.prompt]
+        return network(self.graph, params, x, float(t), embeds, jnp.asarray(positions), [self.read(*p) for p in past])
 
-        def read(layer, which):
-            values = []
-            for clean, exits in past:
-                value = clean[layer][which]
-                if exits is not None and self.config.quirks.cache_gradient == "straight_through":
-                    value = value + exits[layer][which] - stop(exits[layer][which])
-                values.append(value)
-            return values
+    def read(self, clean, exits):
+        """A frame's keys and values as later blocks read them."""
+        if exits is None or self.config.quirks.cache_gradient == "detach":
+            return clean
+        return jax.tree.map(lambda c, e: c + e - stop(e), clean, exits)
 
-        def layer(block, tokens, kv):
-            i = next(layers)
 
-            def attend(q, k, v):
-                q, k = rope.rotate(q, turn), rope.rotate(k, turn)
-                stored.append((k, v))
-                keys, values = jnp.concatenate([*read(i, 0), k], axis=1), jnp.concatenate([*read(i, 1), v], axis=1)
-                flat = lambda a: rearrange(a, "b t n h d -> b (t n) h d")
-                return attention(flat(q), flat(keys), flat(values)).reshape(q.shape), None
+@functools.partial(jax.jit, static_argnums=0)
+def network(graph, params, x, t, embeds, positions, past):
+    """The model with a list of frames as its past, each a list of (keys, values) a layer."""
+    model = nnx.merge(graph, params)
+    cfg, frames = model.cfg, x.shape[1]
+    turn = rope.rotation(positions, x.shape[2] // 2, x.shape[3] // 2, cfg.head_dim, cfg.rope_theta)
+    tokens, e, e6 = model._embed(x, jnp.full(x.shape[:2], t, jnp.float32))
+    stored, layers = [], iter(range(cfg.num_layers))
 
-            return block(tokens, e6, kv, attend)
+    def layer(block, tokens, kv):
+        i = next(layers)
 
-        graph, params = nnx.split(model.blocks)
-        one = lambda i: nnx.merge(graph, jax.tree.map(lambda a: a[i], params))
-        tokens, _ = run_layers(nnx.List([one(i) for i in range(cfg.num_layers)]), layer, tokens, text_kv)
-        by_frame = [[(k[:, j : j + 1], v[:, j : j + 1]) for k, v in stored] for j in range(frames)]
-        return model._unpatchify(model.head(tokens, e), x), by_frame
+        def attend(q, k, v):
+            q, k = rope.rotate(q, turn), rope.rotate(k, turn)
+            stored.append((k, v))
+            keys, values = (jnp.concatenate([*(p[i][j] for p in past), new], axis=1) for j, new in enumerate((k, v)))
+            flat = lambda a: rearrange(a, "b t n h d -> b (t n) h d")
+            return attention(flat(q), flat(keys), flat(values)).reshape(q.shape), None
+
+        return block(tokens, e6, kv, attend)
+
+    block_graph, stacked = nnx.split(model.blocks)
+    one = lambda i: nnx.merge(block_graph, jax.tree.map(lambda a: a[i], stacked))
+    blocks = nnx.List([one(i) for i in range(cfg.num_layers)])
+    tokens, _ = run_layers(blocks, layer, tokens, model.text_kv(embeds))
+    by_frame = [[(k[:, j : j + 1], v[:, j : j + 1]) for k, v in stored] for j in range(frames)]
+    return model._unpatchify(model.head(tokens, e), x), by_frame

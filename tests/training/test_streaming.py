@@ -69,6 +69,7 @@ def test_starts():
     assert DistillationConfig(max_frames=21).starts == (0,)
 
 
+@pytest.mark.slow
 def test_steps_train_the_adapters_and_go_on(parts):
     graphs, params = parts
     run, traces = distillation(graphs), []
