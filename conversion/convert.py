@@ -124,7 +124,7 @@ def convert_wan(
             config = ModelConfig(configs["transformer"], configs["vae"], configs.get("text_encoder"), source.sampler)
     raise_all(source.faults, f"cannot convert {folder}, nothing was written: ")
     progress = progress or Progress()
-    progress.plan(stages(source.paths, parts, verify))
+    progress.plan(stages(source, parts, verify))
     provenance = describe(source, dtype, progress)
     report: dict[str, Any] = {}
 
@@ -132,7 +132,7 @@ def convert_wan(
         compared = None
         if verify:
             checkpoint.verify(new, hashes, lambda size: progress.advance(READING, size))
-            compared = compare_layers(source, new, lambda size, tensors: progress.advance(COMPARING, size, tensors))
+            compared = compare_layers(source, new, lambda tensors, size: progress.advance(COMPARING, size, tensors))
         report.update(
             parts={part: part_report(tensors, hashes[part]) for part, tensors in parts.items()},
             verified=verify,
@@ -158,12 +158,15 @@ def convert_wan(
 HASHING, READING, COMPARING = "hashing sources", "reading back", "comparing layers"
 
 
-def stages(paths: Sequence[Path], parts: dict[str, list[LazyTensor]], verify: bool) -> list[Stage]:
+def stages(source: Source, parts: dict[str, list[LazyTensor]], verify: bool) -> list[Stage]:
     """What a conversion does, in order."""
     writing = [written(part, tensors) for part, tensors in parts.items()]
-    count, size = sum(stage.items for stage in writing), sum(stage.nbytes for stage in writing)
-    checks = [Stage(READING, count, size), Stage(COMPARING, count, size)] if verify else []
-    return [Stage(HASHING, len(paths), sum(path.stat().st_size for path in paths), "files"), *writing, *checks]
+    order = [Stage(HASHING, len(source.paths), sum(path.stat().st_size for path in source.paths), "files"), *writing]
+    if verify:
+        order.append(Stage(READING, sum(stage.items for stage in writing), sum(stage.nbytes for stage in writing)))
+        sizes = [layers.size(source.readers[p], table.rows) for p, table in source.planned.items()]
+        order.append(Stage(COMPARING, sum(count for count, _ in sizes), sum(nbytes for _, nbytes in sizes)))
+    return order
 
 
 # MARK: opening
@@ -324,7 +327,7 @@ def compare_layers(source: Source, folder: Path, compared: Callable[[int, int], 
     Args:
       source: what was converted.
       folder: what was written.
-      compared: is told the bytes and the number of the tensors of each layer that was compared.
+      compared: is told the number of tensors of each layer that was compared, and their bytes in the source.
     """
     try:
         import torch  # noqa: F401

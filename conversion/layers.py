@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -254,7 +254,7 @@ def compare(
     eps: float,
     loras: Sequence[Lora],
     original: dict[str, str],
-    compared: Callable[[int, int], None] = lambda nbytes, tensors: None,
+    compared: Callable[[int, int], None] = lambda tensors, nbytes: None,
 ) -> list[Difference]:
     """Compares every layer of a part.
 
@@ -265,7 +265,7 @@ def compare(
       eps: of the norms with eps.
       loras: that were merged.
       original: the name by which LoRAs know a parameter, by our name.
-      compared: is told the bytes and the number of the tensors of each layer, when it has been compared.
+      compared: is told the number of tensors of each layer that was compared, and their bytes in the source.
     """
     from torch.nn import functional
 
@@ -281,13 +281,18 @@ def compare(
         with jax.default_matmul_precision("highest"):  # GPUs and TPUs round the inputs of products otherwise
             theirs, ours = compute(Layer(name, rows, reader, files, changing, original, eps), functional)
         theirs, ours = np.asarray(theirs), np.asarray(ours, np.float32)
-        error, size = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
+        error, norm = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
         allowed = max(_allowed(row, reader, files, bool(changing)) for row in rows.values())
-        relative = float(error / size) if size else float("inf" if error else 0)
+        relative = float(error / norm) if norm else float("inf" if error else 0)
         differences.append(Difference(name, compute.__name__, relative, allowed))
-        sizes = [math.prod(files.shapes[row.ours]) * files.dtypes[row.ours].itemsize for row in rows.values()]
-        compared(sum(sizes), len(sizes))
+        compared(*size(reader, rows.values()))
     return differences
+
+
+def size(reader: Reader, rows: Iterable[Row]) -> tuple[int, int]:
+    """Number of the original tensors of some rows, and their bytes."""
+    sizes = [math.prod(reader.shapes[row.torch]) * reader.dtypes[row.torch].itemsize for row in rows]
+    return len(sizes), sum(sizes)
 
 
 def _allowed(row: Row, reader: Reader, files: SafetensorsPart, merged: bool) -> float:

@@ -11,7 +11,7 @@ The conversion is a process of its own, watched in /proc while it runs:
 
     peak        most memory in use at any time (VmHWM): its own and pages of files it has mapped. The system can take
                 the latter back when it needs room, and counts them here all the same.
-    own         most of that which is its own (RssAnon), seen every 20 ms
+    own         most of that which is its own (RssAnon), seen ten times a second
     mapped      most of that which is pages of files (RssFile); 0.3 GB of them are the libraries' code
 
 What the system keeps of files read and written (page cache) counts for no process and is not in these figures.
@@ -102,7 +102,7 @@ def watch(command: list[str]) -> dict[str, float]:
         lines = dict(line.split(":", 1) for line in status.splitlines())
         for name in peaks:
             peaks[name] = max(peaks[name], int(lines.get(name, "0").split()[0]) * 1024)
-        time.sleep(0.02)
+        time.sleep(0.1)
     if process.wait():
         sys.exit(f"{' '.join(command)} failed")
     names = {"VmHWM": "peak", "RssAnon": "own", "RssFile": "mapped"}

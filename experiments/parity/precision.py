@@ -50,12 +50,40 @@ from longlive_jax.sidecar import versions
 from longlive_jax.tokenizer import PromptTokenizer
 
 REFERENCE = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """How numbers are held.
+
+    Attributes:
+      weights, activations: their dtypes.
+      network: makes of a transformer one that computes otherwise; as it is by default.
+      convert: makes of the transformer's parameters those of that one.
+    """
+
+    weights: str
+    activations: str
+    network: Callable[[WanTransformer], WanTransformer] = lambda net: net
+    convert: Callable[[checkpoint.Params], checkpoint.Params] = lambda params: params
+
+    def transformer(self, cfg: TransformerConfig) -> nnx.GraphDef:
+        return structure(lambda: self.network(WanTransformer(cfg, rngs=nnx.Rngs(0))))
+
+
 PRECISIONS = {
-    "float32": ("float32", "float32"),
-    "bfloat16": ("bfloat16", "bfloat16"),
-    "bfloat16 weights": ("bfloat16", "float32"),
+    "float32": Precision("float32", "float32"),
+    "bfloat16": Precision("bfloat16", "bfloat16"),
+    "bfloat16 weights": Precision("bfloat16", "float32"),
 }
-"""Dtype of the weights and of the activations. The second is how the pipeline runs on an accelerator."""
+"""The second is how the pipeline runs on an accelerator."""
+
+try:
+    from longlive_jax.models.quantization import quantize_params, with_int8
+except ImportError:  # this version of the package has no int8
+    pass
+else:
+    PRECISIONS["int8"] = Precision("bfloat16", "bfloat16", with_int8, quantize_params)
 
 SEED = 0
 LARGEST_PSNR = 99.0  # of equal frames, whose PSNR is infinite
@@ -171,10 +199,10 @@ def block_outputs(net: WanTransformer, x, timesteps, text, given=None):
     return run_layers(net.blocks, layer, tokens, (net.text_kv(text), given))[1]
 
 
-def by_layer(model: Model, params: checkpoint.Params, dtype: str, given=None) -> dict[str, np.ndarray]:
+def by_layer(model: Model, params: checkpoint.Params, precision: Precision, given=None) -> dict[str, np.ndarray]:
     """`before` and `through`: tokens before and after each block. With `given`, `alone`: after each on that input."""
-    sampler = model.config.sampler
-    graph = structure(lambda: WanTransformer(model.config.transformer, rngs=nnx.Rngs(0)))
+    sampler, dtype = model.config.sampler, precision.activations
+    graph = precision.transformer(model.config.transformer)
     frames, cells = sampler.window, (sampler.height // 8, sampler.width // 8, model.config.transformer.in_channels)
     x = np.random.default_rng(SEED + 1).standard_normal((1, frames, *cells), np.float32)
     timesteps = jnp.full((1, frames), float(few_step_list(sampler)[1]))
@@ -187,15 +215,12 @@ def by_layer(model: Model, params: checkpoint.Params, dtype: str, given=None) ->
     return {name: np.asarray(a, np.float32) for name, a in results.items()}
 
 
-def rollout(model: Model, params: dict[str, checkpoint.Params], dtype: str) -> dict[str, np.ndarray]:
+def rollout(model: Model, params: dict[str, checkpoint.Params], precision: Precision) -> dict[str, np.ndarray]:
     """`latents` [F, h, w, C] and `frames` uint8 [T, H, W, 3] of the scanned decoder."""
     sampler, cfg, parts = model.config.sampler, model.config, len(model.prompt_embeds)
     window = Window.of(sampler, model.blocks * sampler.block_frames)
-    graphs = (
-        structure(lambda: WanTransformer(cfg.transformer, rngs=nnx.Rngs(0))),
-        structure(lambda: VAE(cfg.vae, rngs=nnx.Rngs(0))),
-    )
-    decoder = Decoder(*graphs, sampler, window, dtype=dtype)
+    graphs = precision.transformer(cfg.transformer), structure(lambda: VAE(cfg.vae, rngs=nnx.Rngs(0)))
+    decoder = Decoder(*graphs, sampler, window, dtype=precision.activations)
     inputs = BlockInputs.plan(model.blocks, [i * model.blocks // parts for i in range(1, parts)])
     prompts = jnp.asarray(model.prompt_embeds)
     state = jax.jit(Decoder.init, static_argnums=0)(decoder, params, prompts[0], jax.random.key(SEED)[None])
@@ -208,7 +233,9 @@ def run_part(name: str, precision: str, smoke: bool, folder: Path) -> dict[str, 
     """The results of one model in one precision: read if they are there, else computed and kept."""
     path = folder / f"{name}-{precision.replace(' ', '-')}.npz"
     model = MODELS[name](smoke)
-    settings = json.dumps({"config": to_dict(model.config), "blocks": model.blocks, "precision": PRECISIONS[precision]})
+    how = PRECISIONS[precision]
+    kept = {"config": to_dict(model.config), "blocks": model.blocks, "precision": (how.weights, how.activations)}
+    settings = json.dumps(kept)
     if path.exists():
         with np.load(path) as file:
             found = {key: file[key] for key in file.files}
@@ -218,11 +245,11 @@ def run_part(name: str, precision: str, smoke: bool, folder: Path) -> dict[str, 
     given = run_part(name, REFERENCE, smoke, folder)["before"] if precision != REFERENCE else None
     print(f"{name} in {precision} ...", flush=True)
     started = time.monotonic()
-    weights, activations = PRECISIONS[precision]
-    params = {part: model.params(part, weights) for part in ("transformer", "vae")}
+    params = {part: model.params(part, how.weights) for part in ("transformer", "vae")}
+    params["transformer"] = how.convert(params["transformer"])
     with jax.default_matmul_precision("highest"):  # on a GPU, float32 would else be TF32
-        results = by_layer(model, params["transformer"], activations, given)
-        results |= rollout(model, params, activations)
+        results = by_layer(model, params["transformer"], how, given)
+        results |= rollout(model, params, how)
     results["seconds"] = np.asarray(time.monotonic() - started)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{path.name}.{os.getpid()}.npz"
@@ -318,13 +345,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--smoke", action="store_true", help="a few blocks and no full size: a minute or two")
     args = parser.parse_args()
     report: dict[str, dict[str, dict[str, Any]]] = {}
     for name in args.models:
         reference = run_part(name, REFERENCE, args.smoke, args.output / "parts")
         report[name] = {}
-        for precision in PRECISIONS:
+        for precision in args.precisions:
             if precision != REFERENCE:
                 results = run_part(name, precision, args.smoke, args.output / "parts")
                 report[name][precision] = figures(results, reference)
