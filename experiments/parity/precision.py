@@ -3,7 +3,8 @@
     python experiments/parity/precision.py --output runs/precision
 
 Three models: `micro`, random weights, 240 s of video; `sprites`, the shipped weights, 240 s; `t2v_1_3b`, random weights
-at the full size, 12 blocks of 64 x 64 pixels (12 GB of memory; leave it out with --models micro sprites). For each:
+at the full size, 12 blocks of --pixels, 32 x 32 by default (12 GB of memory; leave it out with --models micro sprites;
+on a GPU give --pixels 480 832). For each:
 
 - by layer: each transformer block on the input it has in float32 (`alone`), and the whole network up to it (`through`),
   as the root mean square of the difference over that of float32;
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -109,9 +111,11 @@ class Model:
     prompt_embeds: np.ndarray
 
 
-def random_model(transformer: TransformerConfig, vae: VAEConfig, size: int, blocks: int, prompts: int) -> Model:
+def random_model(
+    transformer: TransformerConfig, vae: VAEConfig, pixels: tuple[int, int], blocks: int, prompts: int
+) -> Model:
     """Random weights and prompts, each prompt's embeddings zero over its last quarter as padding is."""
-    config = ModelConfig(transformer, vae, None, SamplerConfig(height=size, width=size, rope="absolute"))
+    config = ModelConfig(transformer, vae, None, SamplerConfig(height=pixels[0], width=pixels[1], rope="absolute"))
     embeds = np.random.default_rng(SEED).standard_normal((prompts, 1, transformer.text_length, transformer.text_dim))
     embeds[:, :, -(transformer.text_length // 4) :] = 0
     return Model(
@@ -156,16 +160,16 @@ def sprites(blocks: int) -> Model:
 
 
 MICRO = TransformerConfig(dim=128, ffn_dim=320, num_layers=6, num_heads=2, text_dim=48, text_length=16)
-MODELS: dict[str, Callable[[bool], Model]] = {
-    "micro": lambda smoke: random_model(MICRO, VAEConfig(base_width=8), 32, 8 if smoke else 320, 4),
-    "sprites": lambda smoke: sprites(8 if smoke else 320),
-    "t2v_1_3b": lambda smoke: (
-        random_model(dataclasses.replace(MICRO, num_layers=9), VAEConfig(base_width=8), 64, 4, 2)
+MODELS: dict[str, Callable[[bool, tuple[int, int]], Model]] = {
+    "micro": lambda smoke, pixels: random_model(MICRO, VAEConfig(base_width=8), (32, 32), 8 if smoke else 320, 4),
+    "sprites": lambda smoke, pixels: sprites(8 if smoke else 320),
+    "t2v_1_3b": lambda smoke, pixels: (
+        random_model(dataclasses.replace(MICRO, num_layers=9), VAEConfig(base_width=8), pixels, 4, 2)
         if smoke
-        else random_model(TransformerConfig.t2v_1_3b(), VAEConfig.wan(), 64, 12, 2)
+        else random_model(TransformerConfig.t2v_1_3b(), VAEConfig.wan(), pixels, 12, 2)
     ),
 }
-"""Makes each model; a smoke test wants a short one, and no full size."""
+"""Makes each model, the full size for frames of some height and width; a smoke test wants a short and small one."""
 
 
 # MARK: one part: a model in a precision
@@ -229,10 +233,10 @@ def rollout(model: Model, params: dict[str, checkpoint.Params], precision: Preci
     return {"latents": rearrange(np.asarray(out.latents), "n 1 f h w c -> (n f) h w c"), "frames": frames}
 
 
-def run_part(name: str, precision: str, smoke: bool, folder: Path) -> dict[str, np.ndarray]:
+def run_part(name: str, precision: str, smoke: bool, pixels: tuple[int, int], folder: Path) -> dict[str, np.ndarray]:
     """The results of one model in one precision: read if they are there, else computed and kept."""
     path = folder / f"{name}-{precision.replace(' ', '-')}.npz"
-    model = MODELS[name](smoke)
+    model = MODELS[name](smoke, pixels)
     how = PRECISIONS[precision]
     kept = {"config": to_dict(model.config), "blocks": model.blocks, "precision": (how.weights, how.activations)}
     settings = json.dumps(kept)
@@ -242,7 +246,7 @@ def run_part(name: str, precision: str, smoke: bool, folder: Path) -> dict[str, 
         if str(found.pop("settings")) != settings:
             raise UserError(f"{path} was made with other settings; choose another --output or remove it")
         return found
-    given = run_part(name, REFERENCE, smoke, folder)["before"] if precision != REFERENCE else None
+    given = run_part(name, REFERENCE, smoke, pixels, folder)["before"] if precision != REFERENCE else None
     print(f"{name} in {precision} ...", flush=True)
     started = time.monotonic()
     params = {part: model.params(part, how.weights) for part in ("transformer", "vae")}
@@ -346,16 +350,19 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument("--pixels", nargs=2, type=int, default=(32, 32), help="height and width of the full size")
     parser.add_argument("--smoke", action="store_true", help="a few blocks and no full size: a minute or two")
     args = parser.parse_args()
     report: dict[str, dict[str, dict[str, Any]]] = {}
     for name in args.models:
-        reference = run_part(name, REFERENCE, args.smoke, args.output / "parts")
+        run = functools.partial(
+            run_part, name, smoke=args.smoke, pixels=tuple(args.pixels), folder=args.output / "parts"
+        )
+        reference = run(precision=REFERENCE)
         report[name] = {}
         for precision in args.precisions:
             if precision != REFERENCE:
-                results = run_part(name, precision, args.smoke, args.output / "parts")
-                report[name][precision] = figures(results, reference)
+                report[name][precision] = figures(run(precision=precision), reference)
         # After each model, so that a later one that fails takes nothing with it.
         whole = {"models": report, "versions": versions(), "backend": jax.default_backend(), "smoke": args.smoke}
         (args.output / "precision.json").write_text(json.dumps(whole, indent=1) + "\n")
