@@ -26,15 +26,21 @@ from longlive_jax.conversion.convert import (
     part_report,
     summary,
 )
+from longlive_jax.conversion.lora_file import read_factors, write_lora
 from longlive_jax.conversion.progress import Progress, Stage, watched, written
 from longlive_jax.conversion.tables_diffusers import DIFFUSERS
 from longlive_jax.conversion.torch_files import require_torch, stream_to_pickle, torch_save
 from longlive_jax.errors import UserError
 from longlive_jax.tensor_files import LazyTensor, SafetensorsPart
 
-GENERATOR_NAME = "longlive_base.pt"
+GENERATOR_NAME, LORA_NAME = "longlive_base.pt", "lora.pt"
 PICKLES = {"transformer": GENERATOR_NAME, "vae": VAE_NAMES[0], "text_encoder": TEXT_NAMES[0]}
 """The `.pt` or `.pth` file of each part, which is written when its tensors are on the disk."""
+
+MERGED = (
+    f"{GENERATOR_NAME} has the LoRA merged; {LORA_NAME} goes over the generator that its training began with: load one "
+    "of the two"
+)
 
 METADATA = {"format": "pt"}
 """transformers refuses a safetensors file whose header does not say that it is of PyTorch."""
@@ -57,8 +63,8 @@ def export(
     Args:
       folder: the checkpoint.
       output: the folder to write.
-      to: "torch": a Wan folder (config.json, DiT, VAE, text encoder, tokeniser) with `longlive_base.pt` in it; or
-        "diffusers": a folder of diffusers' `WanPipeline`.
+      to: "torch": a Wan folder (config.json, DiT, VAE, text encoder, tokeniser) with `longlive_base.pt` in it, and
+        `lora.pt` if the checkpoint has a LoRA beside its weights; or "diffusers": a folder of diffusers' `WanPipeline`.
       dtype: "bfloat16" or "float32", of everything written; as stored by default.
       overwrite: replace such a folder that is there.
       progress: is told how far it is.
@@ -87,12 +93,15 @@ def export(
     }
     tokenizer = folder / "tokenizer.json"
     tokenizer = tokenizer if tokenizer.is_file() else None
+    factors = read_factors(folder) if to == "torch" else {}
     progress = progress or Progress()
     progress.plan(stages(plan, to))
     origin = checkpoint.load_provenance(folder) | {"checkpoint": checkpoint.checkpoint_hash(folder)}
     with checkpoint.new_folder(output) as new:
         watching = {part: watched(part, tensors, progress) for part, tensors in plan.items()}
         hashes = WRITERS[to](new, config, watching, tokenizer, progress)
+        if factors:
+            write_lora(new / LORA_NAME, {"generator_lora": factors}, config.transformer, dtype=dtype)
         extras.write(new, config, to, origin)
     report = {part: part_report(tensors, hashes[part]) for part, tensors in plan.items()}
     dtypes = " and ".join(sorted({str(np.dtype(tensor.dtype)) for tensors in plan.values() for tensor in tensors}))
@@ -100,7 +109,7 @@ def export(
         "summary": summary({"parts": report, "dtype": dtypes, "loras": [], "verified": False, "layers": None}),
         "output": str(output),
         "parts": report,
-        "warnings": missing(config, tokenizer) + extras.warnings(config, to),
+        "warnings": missing(config, tokenizer) + extras.warnings(config, to) + ([MERGED] if factors else []),
     }
 
 

@@ -6,8 +6,10 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from longlive_jax.tensor_files import LazyTensor
+if TYPE_CHECKING:
+    from longlive_jax.tensor_files import LazyTensor
 
 CHUNK = 16 * 2**20
 """Bytes of a file that are hashed at a time."""

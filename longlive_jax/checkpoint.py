@@ -5,6 +5,8 @@
     vae.safetensors
     text_encoder.safetensors    above 5 GB: text_encoder.safetensors.index.json and text_encoder-00001-of-00003...
     tokenizer.json
+    lora.safetensors            beside weights that were trained as a LoRA and have it merged; only `longlive convert
+                                --to torch` reads it
 
 Files are written tensor by tensor, so a 28 GB checkpoint needs the memory of its largest tensor, in a folder with a
 temporary name beside the target that is renamed at the end: a checkpoint is complete or not there. Each file's header
@@ -45,6 +47,10 @@ SHARD_BYTES = 5_000_000_000
 
 MODULES: dict[str, type[nnx.Module]] = {"transformer": WanTransformer, "vae": VAE, "text_encoder": TextEncoder}
 """The parts and what they are made of. Each has its sizes in the field of `ModelConfig` of the same name."""
+
+LORA = "lora.safetensors"
+"""The LoRA that was merged, a tensor a layer: `lora_a` [in, rank] and `lora_b` [rank, out] where the kernel has its
+name, scaled so that alpha is the rank."""
 
 STACKED = "blocks"
 """The parameters under this name have a leading layer axis in memory, and a tensor a layer in files."""

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -408,6 +409,33 @@ def test_verify_without_torch(wan, tmp_path, states, monkeypatch):
     assert (report["verified"], report["layers"]) == (True, None)
     assert "only checksums were compared" in report["warnings"][-1]
     assert report["summary"].endswith("verified")
+
+
+KILLED = """
+import os, signal, sys
+from longlive_jax.conversion.convert import convert_wan
+from longlive_jax.conversion.progress import Progress
+class Killer(Progress):
+    def advance(self, stage, nbytes, items=1):
+        if stage == "writing vae":
+            os.kill(os.getpid(), signal.SIGKILL)
+convert_wan(sys.argv[1], sys.argv[2], overwrite=True, progress=Killer())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_a_conversion_that_is_killed(wan, tmp_path):
+    """Not even then is there a part of a checkpoint by its name, and an earlier one stays."""
+    convert_wan(wan, tmp_path / "earlier", dtype="float32")
+    before = checkpoint.checkpoint_hash(tmp_path / "earlier")
+    for name in ("new", "earlier"):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(wan), str(tmp_path / name)], capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "new").exists()
+    assert checkpoint.checkpoint_hash(tmp_path / "earlier") == before
+    left = [path.name for path in tmp_path.iterdir() if path.name not in ("wan", "earlier")]
+    assert sorted(name.split(".")[1] for name in left) == ["earlier", "new"]
+    assert all(name.endswith(".tmp") for name in left)
 
 
 # MARK: progress
