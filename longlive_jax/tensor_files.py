@@ -168,8 +168,9 @@ class SafetensorsPart:
                 files.append(SafetensorsFile(path.parent / name))
         part = cls(files)
         if not faults:
-            lost = [name for name in weight_map if name not in part.shapes]
-            faults += [f"{index} names {listed(lost)}, which no shard holds"] if lost else []
+            for name in names:
+                lost = [tensor for tensor, file in weight_map.items() if file == name and tensor not in part.shapes]
+                faults += [f"{path.parent / name} lacks {listed(lost)}, which {index.name} names there"] if lost else []
         raise_all(faults)
         return part
 

@@ -107,7 +107,7 @@ def test_an_id_that_the_hub_cannot_have(tmp_path):
 
 
 def test_the_token_is_sent_to_the_hub(tmp_path):
-    """HF_TOKEN goes with the requests for the model, and what the hub refuses is a line; the hub is a server of this test."""
+    """HF_TOKEN goes with the requests for the model, and a refusal is a line; the hub is a server of this test."""
     seen = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -122,16 +122,11 @@ def test_the_token_is_sent_to_the_hub(tmp_path):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        own = {
-            "HF_HOME": str(tmp_path),
-            "HF_TOKEN": "hf_secret",
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        }
-        environment = {
-            k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()
-        } | own
+        variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_secret"}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+        own = inherited | variables | {"HF_HOME": str(tmp_path)}
         command = [sys.executable, "-c", FIND, "owner/private"]
-        done = subprocess.run(command, env=inherited | own, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=own, capture_output=True, text=True, check=True)
         server.shutdown()
     assert done.stdout.startswith("refused: cannot get checkpoint 'owner/private' from the hub: ")
     assert len(done.stdout.strip().splitlines()) == 1
