@@ -361,8 +361,13 @@ def main():
         reference = run(precision=REFERENCE)
         report[name] = {}
         for precision in args.precisions:
-            if precision != REFERENCE:
-                report[name][precision] = figures(run(precision=precision), reference)
+            if precision == REFERENCE:
+                continue
+            results = run(precision=precision)
+            if np.array_equal(results["latents"], reference["latents"]):
+                print(f"{name} in {precision} is {REFERENCE} bit for bit, as its weights are stored so: left out")
+                continue
+            report[name][precision] = figures(results, reference)
         # After each model, so that a later one that fails takes nothing with it.
         whole = {"models": report, "versions": versions(), "backend": jax.default_backend(), "smoke": args.smoke}
         (args.output / "precision.json").write_text(json.dumps(whole, indent=1) + "\n")
