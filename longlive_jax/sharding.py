@@ -6,6 +6,8 @@ hidden widths). The compiler places the activations from these; a mesh changes w
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from typing import Any
 
@@ -43,6 +45,31 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1
         raise UserError(f"mesh {shape} needs {needed} devices, there are {len(devices)}; make an axis smaller")
     # Auto axes: the compiler chooses. jax.make_mesh would give Explicit ones by default.
     return jax.make_mesh(sizes, AXES, devices=devices[:needed], axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def using(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Programs traced inside know the mesh: kernels that the compiler cannot cut need to."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def platform() -> str:
+    """What the program being traced is for: "cpu", "gpu" or "tpu". That of the mesh in force, which may be of devices
+    that exist for the compiler only; else of the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def heads_spec(mesh: jax.sharding.AbstractMesh, batch: int, heads: int) -> PartitionSpec:
+    """Axes of `[batch, token, head, channel]` during attention: every device has all tokens of its videos and heads.
+
+    Axes that do not divide what they would cut, or that are taken already (`jax.shard_map`), leave it whole.
+    """
+
+    def over(axes, n):
+        axes = tuple(a for a in axes if a in mesh.axis_names and a not in mesh.manual_axes)
+        return axes if n % math.prod(mesh.shape[a] for a in axes) == 0 else None
+
+    return PartitionSpec(over(("data", "fsdp"), batch), None, over(("context", "tensor"), heads))
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
