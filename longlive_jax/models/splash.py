@@ -14,7 +14,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Num
 
@@ -98,7 +97,7 @@ attend.defvjp(_forward, _backward)
 def _padded(q, k, v, key_length, tiles: Tiles, interpret: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
-    (_, t, heads, d), s = q.shape, k.shape[1]
+    (_, t, _, d), s = q.shape, k.shape[1]
     whole_t, whole_s = _round_up(t, tiles.q), _round_up(s, tiles.kv)
     by_head = lambda a, length: jnp.pad(jnp.swapaxes(a, 1, 2), [(0, 0), (0, 0), (0, length - a.shape[1]), (0, 0)])
     q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)  # the kernel does not scale
@@ -107,28 +106,48 @@ def _padded(q, k, v, key_length, tiles: Tiles, interpret: bool):
         # Queries of the padding may see what they like: their rows are cut off, and get no gradient.
         exists = jnp.arange(whole_s) < (s if key_length is None else key_length)
         segments = SegmentIds(q=jnp.ones(whole_t, jnp.int32), kv=exists.astype(jnp.int32))
-    kernel = _kernel(heads, whole_t, whole_s, tiles, interpret)
-    y = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(by_head(q, whole_t), by_head(k, whole_s), by_head(v, whole_s))
+    kernel = _kernel(whole_t // tiles.q, whole_s // tiles.kv, key_length, tiles, interpret)
+    attend = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))
+    y = attend(by_head(q, whole_t), by_head(k, whole_s), by_head(v, whole_s))
     return jnp.swapaxes(y[:, :, :t], 1, 2)
 
 
-@functools.lru_cache
-def _kernel(heads: int, t: int, s: int, tiles: Tiles, interpret: bool):
-    """Cached, as listing the tiles to visit takes the host half a second; numpy, as this may run inside a trace."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+def _kernel(rows: int, columns: int, key_length, tiles: Tiles, interpret: bool):
+    """The kernel for a grid of tiles.
 
+    Made by hand: `make_splash_mha` lists the tiles of a mask on the host, which takes half a second a call, needs a
+    device to be there, and cannot depend on `key_length`.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+    all_tiles = visited = MaskInfo(None, None, None, None, None)
     sizes = {"block_q": tiles.q, "block_kv": tiles.kv, "block_kv_compute": tiles.kv_compute}
     if tiles.backward:
         sizes |= {
             "block_q_dkv": tiles.q, "block_kv_dkv": tiles.kv, "block_kv_dkv_compute": tiles.kv_compute,
             "block_q_dq": tiles.q, "block_kv_dq": tiles.kv,
         }  # fmt: skip
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((t, s))] * heads)
-    with jax.ensure_compile_time_eval():
-        kernel = splash_attention_kernel.make_splash_mha_single_device(
-            mask, block_sizes=splash_attention_kernel.BlockSizes(**sizes), interpret=interpret
-        )
-        return jax.tree.map(np.asarray, kernel)
+    elif key_length is not None:
+        # Tiles without a key are neither fetched (the tile before is named again) nor multiplied: a video's first
+        # block does not pay for a window that is still empty.
+        column = jnp.broadcast_to(jnp.arange(columns), (1, rows, columns))
+        live = column * tiles.kv < key_length
+        last = jnp.maximum(key_length - 1, 0) // tiles.kv
+        visited = MaskInfo(jnp.minimum(column, last), None, jnp.where(live, 2, 0), None, None)
+    return library.SplashAttentionKernel(
+        visited,
+        all_tiles if tiles.backward else None,
+        all_tiles if tiles.backward else None,
+        block_sizes=library.BlockSizes(**sizes),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=library.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=None,
+        interpret=interpret,
+    )
 
 
 # MARK: tiles

@@ -1,5 +1,7 @@
 """The TPU kernel, interpreted on the CPU, against XLA's attention. Compiled for TPUs: tests/experiments."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,9 +87,8 @@ def test_works_under_remat_scan_and_vmap():
         layer = jax.checkpoint(lambda x, _: (x + jax.vmap(lambda x: attend(x, k, v))(x), None))
         return jnp.sum(jax.lax.scan(layer, q[None], length=2)[0] ** 2)
 
-    ours, theirs = (
-        jax.jit(jax.grad(lambda q, f=f: loss(f, q)))(q) for f in (kernel, lambda *a: attention(*a, implementation="xla"))
-    )
+    xla = functools.partial(attention, implementation="xla")
+    ours, theirs = (jax.jit(jax.grad(functools.partial(loss, f)))(q) for f in (kernel, xla))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -129,7 +130,11 @@ def test_tiles_of_a_decoded_block(monkeypatch):
     shapes = lambda t, s, width, dtype: [jax.ShapeDtypeStruct((1, n, 12, width), dtype) for n in (t, s)]
     block = shapes(4680, 18720, 128, jnp.bfloat16)
     assert splash._tiles(*block, backward=False) == splash.Tiles(1184, 2688, 384, False), "4 to 4736, 7 to 18816"
-    for t, s, width, dtype in [(4680, 512, 128, jnp.bfloat16), (6240, 6240, 384, jnp.float32), (48, 24, 128, jnp.float32)]:
+    for t, s, width, dtype in [
+        (4680, 512, 128, jnp.bfloat16),
+        (6240, 6240, 384, jnp.float32),
+        (48, 24, 128, jnp.float32),
+    ]:
         for backward in (False, True):
             tiles = splash._tiles(*shapes(t, s, width, dtype), backward=backward)
             assert tiles.kv % tiles.kv_compute == 0 == tiles.kv_compute % 128
