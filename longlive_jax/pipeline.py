@@ -286,7 +286,8 @@ class VideoStream:
         self._embeds = self._encode([plan.prompts for plan in plans])
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         first, keys = sharding.shard_batch((self._embeds[0], keys), pipe.mesh)
-        self._state = _init(self.decoder, pipe.params, first, keys)
+        with sharding.using(pipe.mesh):
+            self._state = _init(self.decoder, pipe.params, first, keys)
 
     @property
     def num_blocks(self) -> int | None:
@@ -315,13 +316,14 @@ class VideoStream:
             raise StopIteration
         texts, embeds = self._prompt_for(block)
         pipe, first = self.pipe, self.position == 0
-        if embeds is not None:
-            if first:  # nothing to recache: the state is made anew with the text that was set before the start
-                self._state = _init(self.decoder, pipe.params, embeds, self._state.keys)
-            else:
-                self._state = _switch(self.decoder, pipe.params, self._state, embeds)
-            self.applied.append((self.position / LATENTS_PER_SECOND, texts))
-        self._state, out = _step(self.decoder, pipe.params, self._state)
+        with sharding.using(pipe.mesh):
+            if embeds is not None:
+                if first:  # nothing to recache: the state is made anew with the text that was set before the start
+                    self._state = _init(self.decoder, pipe.params, embeds, self._state.keys)
+                else:
+                    self._state = _switch(self.decoder, pipe.params, self._state, embeds)
+                self.applied.append((self.position / LATENTS_PER_SECOND, texts))
+            self._state, out = _step(self.decoder, pipe.params, self._state)
         self.position += self.sampler.block_frames
         self.latents = np.asarray(out.latents)
         return drop_filler(np.asarray(out.frames), first)
@@ -332,7 +334,8 @@ class VideoStream:
             raise UserError("a scan makes a whole video of known length from the start; iterate instead")
         inputs = BlockInputs.plan(self.num_blocks, self.plans[0].switch_blocks)
         embeds = sharding.shard_batch(self._embeds, self.pipe.mesh, axis=1)
-        self._state, out = _scan(self.decoder, self.pipe.params, self._state, inputs, embeds)
+        with sharding.using(self.pipe.mesh):
+            self._state, out = _scan(self.decoder, self.pipe.params, self._state, inputs, embeds)
         self.position = self.plans[0].num_frames
         frames, latents = (np.concatenate(np.asarray(a), axis=1) for a in (out.frames, out.latents))
         return drop_filler(frames, True), latents

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Num
 
+from longlive_jax.models import splash
+
 
 def attention(
     q: Num[Array, "b t n d"],
@@ -22,12 +24,15 @@ def attention(
       q, k, v: queries, keys and values, heads on the third axis.
       key_length: how many keys, from the first on, exist; None for all. Costs nothing on a GPU, unlike `mask`.
       mask: which key each query may see (training with teacher forcing only).
-      implementation: "xla", "cudnn", or None: cuDNN where it can run (GPU, 16-bit, heads of at most 256), else XLA.
-        An explicit "cudnn" that cannot run fails loudly instead of building the logits.
+      implementation: "xla", "cudnn", "splash", or None: cuDNN where it can run (GPU, 16-bit, heads of at most 256),
+        splash where it can (TPU, no mask, heads a multiple of 128 wide), else XLA. An explicit "cudnn" or "splash" that
+        cannot run fails loudly instead of building the logits.
 
     Returns:
       `[b, t, n, d]` in the dtype of q.
     """
+    if implementation == "splash" or (implementation is None and splash.refusal(q, mask) is None):
+        return splash.attention(q, k, v, key_length=key_length, mask=mask)
     if implementation is None:
         implementation = "cudnn" if _cudnn_can_run(q) else "xla"
     lengths = None if key_length is None else jnp.broadcast_to(key_length, q.shape[:1]).astype(jnp.int32)
