@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from longlive_jax.cli.bench import Bench
 from longlive_jax.cli.convert import Convert
 from longlive_jax.cli.generate import Generate
 from longlive_jax.cli.parity import Parity
@@ -22,7 +23,8 @@ def _subcommand(kind: type):
 
 def _command(args: list[str]):
     """All subcommands; the options of `train` depend on its config file."""
-    return _subcommand(Generate) | _subcommand(Convert) | _subcommand(Parity) | _subcommand(train_command(args))
+    fixed = _subcommand(Generate) | _subcommand(Convert) | _subcommand(Parity) | _subcommand(Bench)
+    return fixed | _subcommand(train_command(args))
 
 
 def main(args: list[str] | None = None) -> None:

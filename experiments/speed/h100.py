@@ -1,0 +1,245 @@
+"""Speed on one H100 beside the official PyTorch code: every row in a process of its own, each kept as it is measured.
+
+    python experiments/speed/h100.py --torch-repo LongLive --output experiments/speed/results/h100-2026-12-01.json
+    python experiments/speed/h100.py --rehearse --torch-repo LongLive --output runs/rehearsal.json    # small, on a CPU
+    python experiments/speed/report.py RESULTS.json
+
+The same command again goes on where the first one stopped: rows that are done are kept, those that failed come last.
+A row that fails or runs too long is recorded with its error and what it had measured, and the rest goes on.
+Rows are in `rows.py`; variants of ours are lines of `VARIANTS` here. Needs JAX, Flax and PyTorch, and none of the
+packages of the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+LEAST_SECONDS = 15
+"""With less time left than this, no row is started."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "unrolled layers": {"transformer": {"stacked": False}},
+    "unrolled layers and steps": {"transformer": {"stacked": False}, "decoder": {"unroll": True}},
+    "command buffers in loops": {
+        "env": {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,WHILE"}
+    },
+    "conv3d": {"vae": {"impl": "3d"}},
+    "conv3d, channels last": {"vae": {"impl": "3d"}, "env": {"XLA_FLAGS": "--xla_gpu_force_conv_nhwc=true"}},
+}
+"""Ours, by name: arguments of `longlive_jax.bench.ours.Variant` (those of the modules, and environment)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One process.
+
+    Attributes:
+      name: in the results.
+      body: function of `rows.py`.
+      seconds: it is stopped after so many.
+      arguments: of the function.
+      variant: of ours, if it measures ours.
+      official: whether it needs the clone.
+    """
+
+    name: str
+    body: str
+    seconds: float
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    variant: str | None = None
+    official: bool = False
+
+
+def ours(body: str, name: str, seconds: float, variant: str = "default", **arguments: Any) -> Row:
+    return Row(name if variant == "default" else f"{name}: {variant}", body, seconds, arguments, variant)
+
+
+def stock(body: str, name: str, seconds: float, **arguments: Any) -> Row:
+    return Row(name, body, seconds, arguments, official=True)
+
+
+ROWS: Sequence[Row] = (
+    # In the order of importance: what comes last is lost first when time runs out.
+    Row("ceilings", "ceilings", 40),
+    ours("ours_dit", "DiT, ours", 120),
+    stock("stock_dit", "DiT, stock with the LoRA merged", 75),
+    stock("stock_dit", "DiT, stock as shipped (LoRA by peft)", 90, lora=True),
+    ours("ours_video", "end to end, ours", 120),
+    stock("stock_dit", "DiT, stock merged and compiled", 150, compiled=True),
+    stock("stock_video", "end to end, stock as shipped", 90, lora=True),
+    ours("ours_vae", "VAE, ours", 60),
+    stock("stock_vae", "VAE, stock", 60, variants=("stock", "channels-last", "block", "block, channels-last")),
+    stock("stock_vae", "VAE, stock compiled", 120, variants=("block, channels-last, compiled",)),
+    ours("ours_start", "warm start, ours", 60),
+    ours("ours_attention", "attention, ours", 45),
+    Row("attention, PyTorch", "torch_attention", 30),
+    ours("ours_gemms", "matrix products, ours", 45),
+    Row("matrix products, PyTorch", "torch_gemms", 30),
+    ours("ours_dit", "DiT, ours", 120, "unrolled layers"),
+    ours("ours_vae", "VAE, ours", 60, "conv3d"),
+    ours("ours_vae", "VAE, ours", 60, "conv3d, channels last"),
+    stock("stock_recache", "prompt switch, stock merged", 60),
+    ours("ours_error", "error, ours", 90),
+    stock("stock_error", "error, stock", 60),
+    ours("ours_dit", "DiT, ours", 120, "unrolled layers and steps"),
+    ours("ours_dit", "DiT, ours", 120, "command buffers in loops"),
+    ours("ours_dit", "DiT, ours, again at the end", 90),
+)
+
+
+def command(row: Row, into: Path, options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """Words and environment of a row's process."""
+    settings = {"body": row.body, "arguments": dict(row.arguments), "rehearse": options.rehearse}
+    settings["repo"] = None if options.torch_repo is None else str(options.torch_repo)
+    variant = dict(VARIANTS[row.variant]) if row.variant else {}
+    env = dict(variant.pop("env", {}))
+    settings["variant"] = variant if row.variant else None
+    words = [sys.executable, str(HERE / "rows.py"), json.dumps(settings), str(into)]
+    flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), env.pop("XLA_FLAGS", None))))
+    if options.rehearse or row.variant is None and row.name != "ceilings":
+        env["JAX_PLATFORMS"] = "cpu"  # beside PyTorch, JAX only tells shapes and would take some of the GPU
+    if options.rehearse:
+        flags = " ".join(f for f in flags.split() if "_gpu_" not in f) + " --xla_backend_optimization_level=0"
+    return words, env | ({"XLA_FLAGS": flags} if flags else {})
+
+
+def run_row(words: Sequence[str], env: Mapping[str, str], into: Path, seconds: float) -> dict[str, Any]:
+    """Runs a row's process and gives its entry: status, seconds, the figures in `into`, and the error if it failed."""
+    into.unlink(missing_ok=True)
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+") as log:
+        environment = os.environ | dict(env) | {"ROW_STARTED": str(time.time())}
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
+        try:
+            code = process.wait(timeout=seconds)
+            status = "done" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status, code = "out of time", None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        log.seek(0)
+        text = log.read()
+    entry: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - start, 1), "figures": figures(into)}
+    if status != "done":
+        last = [line for line in text.splitlines() if line.strip()][-8:]
+        entry["error"] = "\n".join(last) if code is not None else f"stopped after {seconds:.0f} s"
+        entry["log"] = text[-4000:]
+    return entry
+
+
+def figures(path: Path) -> dict[str, Any]:
+    """What a row has measured: a JSON table a line; a line that was being written when it was stopped is left out."""
+    merged: dict[str, Any] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            merged |= json.loads(line)
+        except ValueError:
+            break
+    return merged
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Writes the results; readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def pending(rows: Sequence[Row], results: dict[str, Any]) -> list[Row]:
+    """The rows to run: those not tried yet, then those that failed."""
+    tried = results["rows"]
+    left = [row for row in rows if tried.get(row.name, {}).get("status") != "done"]
+    return sorted(left, key=lambda row: tried.get(row.name, {}).get("status", "not run") != "not run")
+
+
+def run_all(
+    rows: Sequence[Row],
+    output: Path,
+    budget: float,
+    words: Callable[[Row, Path], tuple[list[str], dict[str, str]]],
+    about: Mapping[str, Any],
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Runs what is pending until the budget, in seconds, is spent; writes `output` after each row.
+
+    Args:
+      rows: the table.
+      output: results so far, if there are any.
+      budget: in seconds.
+      words: words and environment of a row's process, which writes its figures to the path.
+      about: said in the results.
+      say: gets a line a row.
+    """
+    results = json.loads(output.read_text()) if output.exists() else {"rows": {}}
+    results |= dict(about)
+    end = time.monotonic() + budget
+    with tempfile.TemporaryDirectory() as scratch:
+        for row in pending(rows, results):
+            left = end - time.monotonic()
+            if left < min(LEAST_SECONDS, row.seconds):
+                not_run = {"status": "not run", "error": "the time was spent", "figures": {}}
+                results["rows"].setdefault(row.name, not_run)
+                continue
+            into = Path(scratch) / "figures.jsonl"
+            call, env = words(row, into)
+            entry = run_row(call, env, into, min(row.seconds, left))
+            entry["measured"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            results["rows"][row.name] = entry
+            say(f"{entry['status']:12} {entry['seconds']:6.1f} s  {row.name}")
+            write(output, results)
+    order = {row.name: place for place, row in enumerate(rows)}
+    results["rows"] = dict(sorted(results["rows"].items(), key=lambda item: order.get(item[0], len(order))))
+    write(output, results)
+    return results
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="results, JSON; goes on if it is there")
+    parser.add_argument("--torch-repo", type=Path, help="clone of the official repository, branch v1.0")
+    parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only rows whose name contains one of these")
+    parser.add_argument("--rehearse", action="store_true", help="all rows at small shapes on the CPU")
+    options = parser.parse_args(args)
+    chosen = [r for r in ROWS if options.rows is None or any(part in r.name for part in options.rows)]
+    if options.torch_repo is None:
+        chosen = [row for row in chosen if not row.official]
+        print("no --torch-repo: the rows of the official code are left out")
+    elif not (options.torch_repo / "pipeline" / "causal_inference.py").is_file():
+        parser.error(f"{options.torch_repo} is no clone of LongLive's branch v1.0")
+    if options.rehearse:  # a slow machine is no failure of a row
+        chosen = [dataclasses.replace(row, seconds=10 * row.seconds) for row in chosen]
+    about = {"rehearsal": options.rehearse, "variants": {k: str(v) for k, v in VARIANTS.items()}}
+    with tempfile.TemporaryDirectory() as programs:
+        os.environ |= {
+            "JAX_COMPILATION_CACHE_DIR": programs,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(programs) / "inductor"),
+        }
+        results = run_all(chosen, options.output, options.budget, lambda r, into: command(r, into, options), about)
+    states = [results["rows"][row.name]["status"] for row in chosen]
+    print(f"{options.output}: {states.count('done')} of {len(states)} rows done")
+    return 0 if all(state == "done" for state in states) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""The official PyTorch pipelines on random weights, timed: as shipped, with the LoRA merged, and compiled.
+
+As shipped, a LoRA lies over every linear layer of the blocks by peft, and a clip is decoded when all its latents are
+made. Merged means that there is no such layer. Attention is PyTorch's own (cuDNN's on a GPU), in place of
+flash-attention. Nothing of the clone is changed on disk or copied here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from longlive_jax.bench import weights
+from longlive_jax.bench.published import set_layout, set_up, wait
+from longlive_jax.bench.timing import Times, measure, now
+from longlive_jax.checkpoint import tensor_shapes
+from longlive_jax.config import SPATIAL_FACTOR, ModelConfig, SamplerConfig
+from longlive_jax.conversion import tables
+from longlive_jax.conversion.convert import VAE_NAMES, Source
+from longlive_jax.conversion.official_capture import Clock
+from longlive_jax.conversion.official_pipeline import Parts, build
+from longlive_jax.conversion.official_repo import opened
+
+LORA_RANK = 256
+"""Of LongLive's own LoRA, on every linear layer of the blocks."""
+
+
+class RandomReader:
+    """Stands for a file of weights; see `Reader`."""
+
+    def __init__(self, part: str, cfg: Any, dtype: torch.dtype):
+        self.shapes = tables.WAN[part](cfg).torch_shapes(tensor_shapes(part, cfg))
+        self.kind = ml_dtypes.bfloat16 if dtype == torch.bfloat16 else np.float32
+
+    def read(self, name: str) -> np.ndarray:
+        return weights.for_torch(name, self.shapes[name], self.kind)
+
+
+@dataclasses.dataclass
+class Official:
+    """A pipeline, its clock, and how it is called.
+
+    Attributes:
+      pipeline: an official one.
+      clock: its parts' times.
+      sampler, size: settings, and [channels, rows, columns] of the latents.
+      attention: what computes it.
+    """
+
+    pipeline: Any
+    clock: Clock
+    sampler: SamplerConfig
+    size: tuple[int, int, int]
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(
+        cls,
+        repo: Path,
+        config: ModelConfig,
+        dtype: str,
+        *,
+        sampler: SamplerConfig | None = None,
+        lora: bool = False,
+        compiled: bool = False,
+        decode: bool = False,
+        interactive: bool = False,
+        blocks: int = 40,
+    ) -> Iterator[Official]:
+        """Builds one.
+
+        Args:
+          repo: a clone of branch v1.0.
+          config, sampler: sizes and settings; positions are absolute.
+          dtype: of weights and activations, by name.
+          lora: whether a LoRA lies over the linear layers, as shipped.
+          compiled: whether the layers are compiled by `torch.compile`.
+          decode: whether there is a VAE.
+          interactive: the pipeline that switches prompts.
+          blocks: at most so many will be made at once.
+        """
+        device, kind = set_up(), getattr(torch, dtype)
+        sampler, cfg = dataclasses.replace(sampler or config.sampler, rope="absolute"), config.transformer
+        source = Source(
+            readers={"transformer": RandomReader("transformer", cfg, kind)},
+            configs={"transformer": cfg, "vae": config.vae},
+        )
+        embeds = _seeded(2, 1, cfg.text_length, cfg.text_dim).to(device, kind)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            opened(Path(repo), text=False, sdpa=True) as code,
+            contextlib.redirect_stdout(sys.stderr),  # the official code tells its progress
+            _attention(device) as attention,
+        ):
+            if decode:
+                reader = RandomReader("vae", config.vae, torch.float32)
+                state = {name: torch.from_numpy(reader.read(name).copy()) for name in reader.shapes}
+                torch.save(state, Path(folder) / VAE_NAMES[0])
+            clock = Clock(device)
+            parts = Parts(Path(folder), source, None, embeds, decode, device, kind, clock)
+            pipeline = build(code, parts, sampler, blocks * sampler.block_frames, interactive)
+            if lora:
+                pipeline.generator.model = _with_lora(pipeline.generator.model).to(device, kind)
+            if compiled:
+                torch._dynamo.config.recompile_limit = 64  # indices into the cache are Python numbers until they repeat
+                for layer in pipeline.generator.model.blocks:
+                    layer.compile()
+            size = cfg.in_channels, sampler.height // SPATIAL_FACTOR, sampler.width // SPATIAL_FACTOR
+            yield cls(pipeline, clock, sampler, size, device, kind, attention)
+
+    def run(self, blocks: int, prompts: int = 1) -> tuple[torch.Tensor, float]:
+        """A video: its pixels in [0, 1], and the milliseconds. A second prompt starts in the middle."""
+        noise = self._noise(blocks)
+        call: dict[str, Any] = {"text_prompts": ["0"]}
+        if prompts == 2:
+            middle = blocks // 2 * self.sampler.block_frames
+            call = {"text_prompts_list": [["0"], ["1"]], "switch_frame_indices": [middle]}
+        self.clock.times.clear()
+        wait(None)
+        start = now()
+        video = self.pipeline.inference(noise=noise, **call)
+        wait(None)
+        return video, 1000 * (now() - start)
+
+    def ramp_blocks(self) -> int:
+        """Blocks until the window is full, and one more."""
+        return self.sampler.window // self.sampler.block_frames + 1
+
+    def blocks(self, count: int) -> Times:
+        """Times of `count` blocks in the steady state: denoising steps and clean pass, no decoding."""
+        skip = self.ramp_blocks()
+        self.run(skip + count)
+        return Times.of(self.clock.times["dit_ms_per_block"][skip:])
+
+    def passes(self) -> dict[int, Times]:
+        """Times of one forward pass, by how many latent frames it attends; each is waited for."""
+        block, passes, spent = self.sampler.block_frames, len(self.sampler.steps) + 1, []
+
+        def clock() -> float:
+            wait(None)
+            return 1000 * now()
+
+        def before(*_):
+            spent.append(clock())
+
+        def after(*_):
+            spent[-1] = clock() - spent[-1]
+
+        generator = self.pipeline.generator
+        hooks = [generator.register_forward_pre_hook(before), generator.register_forward_hook(after)]
+        try:
+            self.run(self.sampler.window // block)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {(i // passes + 1) * block: Times.of(spent[i : i + passes]) for i in range(0, len(spent), passes)}
+
+    def one_pass(self) -> torch.Tensor:
+        """The flow of a first block, always the same noise at the same timestep."""
+        block, tokens = self.sampler.block_frames, self.pipeline.frame_seq_length
+        caches = {"batch_size": 1, "dtype": self.dtype, "device": self.device}
+        self.pipeline._initialize_kv_cache(**caches, kv_cache_size_override=self.sampler.window * tokens)
+        self.pipeline._initialize_crossattn_cache(**caches)
+        flow, _ = self.pipeline.generator(
+            noisy_image_or_video=self._noise(1),
+            conditional_dict=self.pipeline.text_encoder(text_prompts=["0"]),
+            timestep=torch.full((1, block), 500, device=self.device),
+            kv_cache=self.pipeline.kv_cache1,
+            crossattn_cache=self.pipeline.crossattn_cache,
+            current_start=0,
+        )
+        return flow
+
+    def _noise(self, blocks: int) -> torch.Tensor:
+        return _seeded(1, blocks * self.sampler.block_frames, *self.size).to(self.device, self.dtype)
+
+    def to_host(self, video: torch.Tensor) -> np.ndarray:
+        """Pixels as uint8 on the host."""
+        return (video * 255).round().to(torch.uint8).cpu().numpy()
+
+    def video(self, blocks: int) -> float:
+        """Milliseconds from noise and embeddings to uint8 pixels on the host, as shipped: decoded at the end."""
+        start = now()
+        self.to_host(self.run(blocks)[0])
+        return 1000 * (now() - start)
+
+    def recache(self, blocks: int) -> float:
+        """Milliseconds of a prompt switch in the middle of so many blocks."""
+        self.run(blocks, prompts=2)
+        return self.clock.times["recache_ms"][0]
+
+
+def _seeded(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def _attention(device: torch.device) -> Iterator[str]:
+    """cuDNN's attention on a GPU; its name."""
+    if device.type != "cuda":
+        yield "PyTorch's scaled_dot_product_attention"
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        yield "cuDNN by PyTorch's scaled_dot_product_attention, in place of flash-attention"
+
+
+def _with_lora(model: torch.nn.Module) -> torch.nn.Module:
+    """A random LoRA over every linear layer of the blocks, by peft as officially, not merged."""
+    import peft
+
+    layers = [name for name, layer in model.blocks.named_modules(prefix="blocks") if isinstance(layer, torch.nn.Linear)]
+    config = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=layers, init_lora_weights="gaussian")
+    return peft.get_peft_model(model, config)
+
+
+def vae_decodes(repo: Path, config: ModelConfig, sampler: SamplerConfig, dtype: str) -> dict[str, Callable]:
+    """What makes a call that decodes a block in the middle of a video, by variant: the official VAE, random weights.
+
+    "stock" decodes a latent frame at a time, as shipped; "block" gives all of a block to one call of its decoder.
+    """
+    device, kind, cfg = set_up(), getattr(torch, dtype), config.vae
+    with tempfile.TemporaryDirectory() as folder, opened(Path(repo), text=False, sdpa=True) as code:
+        reader = RandomReader("vae", cfg, torch.float32)
+        path = Path(folder) / VAE_NAMES[0]
+        torch.save({name: torch.from_numpy(reader.read(name).copy()) for name in reader.shapes}, path)
+        vae = code.wan_wrapper._video_vae(pretrained_path=str(path), z_dim=cfg.z_channels, dim=cfg.base_width)
+    vae = vae.eval().requires_grad_(False).to(device, kind)
+    size = cfg.z_channels, sampler.block_frames, sampler.height // SPATIAL_FACTOR, sampler.width // SPATIAL_FACTOR
+    latents = torch.randn(1, *size).to(device, kind)
+    scale = [torch.zeros(cfg.z_channels).to(latents), torch.ones(cfg.z_channels).to(latents)]
+
+    def prepare(channels_last: bool, whole: bool) -> Callable[[], torch.Tensor]:
+        form = torch.channels_last_3d if channels_last else torch.contiguous_format
+        set_layout(vae, channels_last)
+        z = latents.contiguous(memory_format=form)
+        vae.clear_cache()
+        vae.cached_decode(z, scale)
+
+        def block() -> torch.Tensor:
+            vae._conv_idx = [0]
+            x = vae.conv2(z / scale[1].view(1, -1, 1, 1, 1) + scale[0].view(1, -1, 1, 1, 1))
+            return vae.decoder(x, feat_cache=vae._feat_map, feat_idx=vae._conv_idx).float().clamp_(-1, 1)
+
+        return block if whole else lambda: vae.cached_decode(z, scale).float().clamp_(-1, 1)
+
+    def compiled(channels_last: bool) -> Callable[[], torch.Tensor]:
+        torch._dynamo.config.recompile_limit = 64
+        vae.decoder.compile()
+        return prepare(channels_last, True)
+
+    return {
+        "stock": lambda: prepare(False, False),
+        "channels-last": lambda: prepare(True, False),
+        "block": lambda: prepare(False, True),
+        "block, channels-last": lambda: prepare(True, True),
+        "block, channels-last, compiled": lambda: compiled(True),
+    }
+
+
+def time_variant(make: Callable[[], Callable], calls: int, seconds: float) -> tuple[Times, float]:
+    """Times of a variant, and the seconds until its second result was there (compilation, mostly)."""
+    start = now()
+    call = make()
+    for _ in range(2):
+        wait(call())
+    return measure(call, warmup=1, calls=calls, seconds=seconds, wait=wait), now() - start

@@ -1,0 +1,277 @@
+"""Our programs in the steady state: compiled ahead, with the time that took, and called with states they leave behind.
+
+The state of a video has one size from start to end, so block 320 is measured by setting the counters of a state to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from longlive_jax import checkpoint
+from longlive_jax.bench.timing import Times, measure, now
+from longlive_jax.cache import Window
+from longlive_jax.config import ModelConfig, SamplerConfig
+from longlive_jax.decoding.decoder import Decoder
+from longlive_jax.decoding.state import DecodeState
+from longlive_jax.models.layers import structure
+from longlive_jax.models.transformer import WanTransformer
+from longlive_jax.models.vae import VAE
+
+CACHE_EVENTS = {"/jax/compilation_cache/cache_hits": "hit", "/jax/compilation_cache/cache_misses": "miss"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to build ours; the default is what users get.
+
+    Attributes:
+      transformer, vae, decoder: arguments of `WanTransformer`, `VAE` and `Decoder`.
+      env: environment, such as XLA_FLAGS; set by whoever starts the process, before JAX wakes up.
+    """
+
+    transformer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    vae: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    decoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Ours:
+    """A model of ours, ready to be timed.
+
+    Args:
+      config: sizes.
+      params: of "transformer" and "vae", layers stacked.
+      dtype: of activations and cache.
+      sampler: settings; the config's own by default. Positions are absolute.
+      variant: see `Variant`.
+
+    Attributes:
+      compiled: for each program compiled so far, its seconds, and whether the cache on disk had it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict[str, Any],
+        dtype: Any,
+        sampler: SamplerConfig | None = None,
+        variant: Variant | None = None,
+    ):
+        variant = variant or Variant()
+        self.config = config
+        self.sampler = dataclasses.replace(sampler or config.sampler, rope="absolute")
+        self.window = Window.of(self.sampler, 0)
+        transformer = structure(lambda: WanTransformer(config.transformer, rngs=nnx.Rngs(0), **variant.transformer))
+        vae = structure(lambda: VAE(config.vae, rngs=nnx.Rngs(0), **variant.vae))
+        make = functools.partial(
+            Decoder, transformer, sampler=self.sampler, window=self.window, dtype=jnp.dtype(dtype).name,
+            **variant.decoder,
+        )  # fmt: skip
+        self.decoder, self.blind = make(vae=vae), make(vae=None)
+        stacked, weights = variant.transformer.get("stacked", True), params["transformer"]
+        self.params = {"transformer": weights if stacked else checkpoint.unstack(weights), "vae": params["vae"]}
+        cfg = config.transformer
+        self.embeds = jax.random.normal(jax.random.key(0), (1, cfg.text_length, cfg.text_dim), jnp.float32)
+        self.keys = jax.random.key(1)[None]
+        self.compiled: dict[str, dict[str, Any]] = {}
+        self._programs: dict[str, Any] = {}
+
+    # MARK: programs
+
+    def program(self, name: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()):
+        """`function` compiled for `args`, once a name."""
+        if name not in self._programs:
+            with _cache_events() as events:
+                start = now()
+                self._programs[name] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+                self.compiled[name] = {"seconds": now() - start, "cache": events[-1] if events else "off"}
+        return self._programs[name]
+
+    def _decoder(self, pixels: bool) -> Decoder:
+        return self.decoder if pixels else self.blind
+
+    def init(self, pixels: bool) -> DecodeState:
+        """The state before the first block."""
+        run = functools.partial(Decoder.init, self._decoder(pixels))
+        args = self.params, self.embeds, self.keys
+        return self.program(f"init, pixels={pixels}", run, *args)(*args)
+
+    def step(self, state: DecodeState, pixels: bool):
+        """The next block; `state` is given away."""
+        run = functools.partial(Decoder.step, self._decoder(pixels))
+        return self.program(f"block, pixels={pixels}", run, self.params, state, donate=(1,))(self.params, state)
+
+    def switch(self, state: DecodeState, pixels: bool = False) -> DecodeState:
+        """A prompt switch; `state` is given away."""
+        run = functools.partial(Decoder.switch, self._decoder(pixels))
+        args = self.params, state, self.embeds
+        return self.program(f"switch, pixels={pixels}", run, *args, donate=(1,))(*args)
+
+    def steady(self, pixels: bool) -> DecodeState:
+        """A state after the window has filled and one block more."""
+        state = self.init(pixels)
+        for _ in range(self.window.slots // self.window.block + 1):
+            state, _ = self.step(state, pixels)
+        return jax.block_until_ready(state)
+
+    # MARK: measurements
+
+    def blocks(self, state: DecodeState, blocks: int, *, seconds: float = float("inf"), pixels: bool = False):
+        """Times of blocks, each waited for; and the state after them. Pixels stay on the device."""
+
+        def call():
+            nonlocal state
+            state, out = self.step(state, pixels)
+            return out
+
+        return measure(call, warmup=1, calls=blocks, seconds=seconds), state
+
+    def stream(self, state: DecodeState, blocks: int, *, seconds: float = float("inf")) -> tuple[Times, DecodeState]:
+        """Times from block to block as its uint8 pixels arrive on the host, the next block already on its way."""
+        arrivals, waiting, end = [], None, now() + seconds
+        while len(arrivals) < blocks + 1 and (len(arrivals) < 4 or now() < end):
+            state, out = self.step(state, True)
+            out.frames.copy_to_host_async()
+            if waiting is not None:
+                np.asarray(waiting)
+                arrivals.append(now())
+            waiting = out.frames
+        np.asarray(waiting)
+        return Times.of(1000 * (b - a) for a, b in zip(arrivals, arrivals[1:])), state
+
+    def video(self, blocks: int) -> float:
+        """Milliseconds from prompt embedding to the uint8 pixels of so many blocks on the host."""
+        start, state, waiting = now(), self.init(True), []
+        for _ in range(blocks):
+            state, out = self.step(state, True)
+            out.frames.copy_to_host_async()
+            waiting.append(out.frames)
+        for frames in waiting:
+            np.asarray(frames)
+        return 1000 * (now() - start)
+
+    def first_frame(self, calls: int = 3) -> Times:
+        """From prompt embedding to the first block's pixels on the host, everything compiled."""
+        return measure(lambda: np.asarray(self.step(self.init(True), True)[1].frames), warmup=1, calls=calls)
+
+    def recaches(self, state: DecodeState, calls: int, *, seconds: float = float("inf")):
+        """Times of prompt switches, and the state after them."""
+
+        def call():
+            nonlocal state
+            state = self.switch(state)
+            return state
+
+        return measure(call, warmup=1, calls=calls, seconds=seconds), state
+
+    def at_block(self, state: DecodeState, block: int) -> DecodeState:
+        """The state as if `block` blocks had been made: counters only, nothing else of it depends on the length."""
+        frames = jnp.asarray(block * self.window.block, jnp.int32)
+        # Two arrays of one value: a buffer cannot be given away twice.
+        return state.replace(position=frames, cache=state.cache.replace(count=frames + 0))
+
+    def passes(self, state: DecodeState, calls: int, *, seconds: float = float("inf")) -> dict[int, Times]:
+        """Times of one forward pass, by how many latent frames it attends."""
+        run, times = Pass(self, state), {}
+        for attended in range(self.window.block, self.window.slots + 1, self.window.block):
+            run.attend(attended)
+            times[attended] = measure(run, warmup=1, calls=calls, seconds=seconds)
+        return times
+
+    def decode_call(self) -> Callable[[], Any]:
+        """A call that decodes a block's latents in the middle of a video."""
+        graph, dtype = self.decoder.vae, self.decoder.dtype
+        shape = (1, self.window.block, *self.decoder.latent_size, self.config.vae.z_channels)
+        latents = jax.random.normal(jax.random.key(3), shape).astype(dtype)
+        cache = self.init(True).vae
+
+        def run(vae, latents, cache):
+            return nnx.merge(graph, vae).decode(latents, cache, first=False)
+
+        decode = self.program("decode", run, self.params["vae"], latents, cache, donate=(2,))
+
+        def call():
+            nonlocal cache
+            pixels, cache = decode(self.params["vae"], latents, cache)
+            return pixels
+
+        return call
+
+
+class Pass:
+    """One forward pass at a time, over a block and what is in the cache: a denoising step, or the clean pass.
+
+    Args:
+      ours: the model.
+      state: whose cache is used; given away.
+    """
+
+    def __init__(self, ours: Ours, state: DecodeState):
+        decoder, block = ours.blind, ours.window.block
+        shape = (1, block, *decoder.latent_size, ours.config.transformer.in_channels)
+        self.x = jax.random.normal(jax.random.key(2), shape)
+
+        def run(params, x, state):
+            model = nnx.merge(decoder.transformer, params["transformer"])
+            timesteps, x = jnp.zeros((1, block)), x.astype(decoder.dtype)
+            flow, cache = model.causal(x, timesteps, state.text_kv, state.cache, decoder.window, state.position)
+            return flow, state.replace(cache=cache)
+
+        self.ours, self.state = ours, state
+        self.run = ours.program("pass", run, ours.params, self.x, state, donate=(2,))
+
+    def attend(self, frames: int) -> None:
+        """Sets the counters so that so many latent frames are attended, the block's own among them."""
+        self.state = self.ours.at_block(self.state, frames // self.ours.window.block - 1)
+
+    def __call__(self) -> jax.Array:
+        flow, self.state = self.run(self.ours.params, self.x, self.state)
+        return flow
+
+
+@contextlib.contextmanager
+def _cache_events() -> Iterator[list[str]]:
+    """What the compilation cache on disk says while the body compiles."""
+    events: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event in CACHE_EVENTS:
+            events.append(CACHE_EVENTS[event])
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+@contextlib.contextmanager
+def programs_in(folder: str) -> Iterator[None]:
+    """Keeps every compiled program in `folder` while the body runs, however quickly it was compiled."""
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        _configure(settings)
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX decides once, at the first compilation, whether there is a cache
