@@ -128,7 +128,10 @@ def load_config(folder: str | os.PathLike) -> ModelConfig:
 
 def load_provenance(folder: str | os.PathLike) -> dict[str, Any]:
     """Where the weights come from, as given to `save`."""
-    return _read_config(folder).get("provenance") or {}
+    provenance = _read_config(folder).get("provenance") or {}
+    if not isinstance(provenance, dict):
+        raise UserError(f"{Path(folder) / 'config.json'}: its provenance is no table; copy the checkpoint again")
+    return provenance
 
 
 def _read_config(folder: str | os.PathLike) -> dict[str, Any]:
