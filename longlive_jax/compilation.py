@@ -1,8 +1,8 @@
 """What the compiler is told, and compiled programs kept between runs: only the first start waits for it.
 
-Programs go to `longlive_jax/compiled` in the user's cache folder, a GPU's autotuning results beside them (jax sees to that
-wherever a compilation cache is on). `LONGLIVE_COMPILATION_CACHE` names another folder, or is "off". Who has told jax
-itself where to keep programs is not overruled.
+Programs go to `longlive_jax/compiled` in the user's cache folder, a GPU's autotuning results beside them (jax sees to
+that wherever a compilation cache is on). `LONGLIVE_COMPILATION_CACHE` names another folder, or is "off". Who has told
+jax itself where to keep programs is not overruled.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ from longlive_jax.video import VideoWriter
 Prompts = str | Schedule | Sequence[Any]
 """A text; a timeline `[(0, text), (5, text)]`; a `Schedule`; or a list of texts or schedules, one video each."""
 
+
 def _program(name: str, *, static: tuple[int, ...] = (), donate: tuple[int, ...] = ()) -> Callable:
     """A method of the decoder as a compiled program of (decoder, *arguments).
 
@@ -196,9 +197,7 @@ class LongLivePipeline:
         has_tokenizer = (folder / "tokenizer.json").exists()
         tokenizer = PromptTokenizer.from_folder(folder, config.transformer.text_length) if has_tokenizer else None
         info = {"name": str(source), "hash": checkpoint.checkpoint_hash(folder)}
-        return cls(
-            config, params, tokenizer, dtype=dtype, mesh=mesh, program=program, checkpoint_info=info, note=note
-        )
+        return cls(config, params, tokenizer, dtype=dtype, mesh=mesh, program=program, checkpoint_info=info, note=note)
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""How programs are built: every way gives the same video, and what they must not do (copy, call home, compile again)."""
+"""How programs are built: every way gives the same video; and none copies, calls the host, or is compiled again."""
 
 import re
 
@@ -65,7 +65,7 @@ def test_a_prompt_set_ahead_waits_for_the_next_block_to_begin(tiny_pipeline):
 
 @pytest.mark.parametrize("early", [False, True])
 def test_nothing_is_compiled_twice(tiny_checkpoint, early):
-    """After the first blocks and the first switch of a full window: other blocks, prompts and videos cost no compiler."""
+    """After the first blocks and the first switch of a full window, other blocks, prompts and videos are ready."""
     pipe = LongLivePipeline.from_pretrained(tiny_checkpoint, program=ProgramConfig(early_frames=early))
     compiled = []
 

@@ -258,8 +258,8 @@ def largest(hlo: str, count: int = 20) -> list[str]:
         what = movement(one, computations) if one.kind not in FREE else None
         if what and (size := type_bytes(one.type)) >= LARGE:
             source = re.search(r'op_name="([^"]*)"', one.line)
-            text = f"{times:4} x {size / 1e6:8.1f} MB  {what:28} {one.type[:44]:44} {source[1][-70:] if source else where}"
-            rows.append((times * size, text))
+            origin = source[1][-70:] if source else where
+            rows.append((times * size, f"{times:4} x {size / 1e6:8.1f} MB  {what:28} {one.type[:44]:44} {origin}"))
     return [text for _, text in sorted(rows, key=lambda row: -row[0])[:count]]
 
 
@@ -298,7 +298,8 @@ class Case:
         self.embeds = jax.ShapeDtypeStruct((1, self.cfg.text_length, self.cfg.text_dim), jnp.bfloat16)
 
     def decoder(self, pixels: bool) -> Decoder:
-        return Decoder(self.graphs[0], self.graphs[1] if pixels else None, self.sampler, self.window, "bfloat16", self.unroll)
+        transformer, vae = self.graphs
+        return Decoder(transformer, vae if pixels else None, self.sampler, self.window, "bfloat16", self.unroll)
 
     def state(self, decoder: Decoder):
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
@@ -375,22 +376,24 @@ def main():
     parser.add_argument("--split-kv", type=int, default=1)
     parser.add_argument("--conv", choices=("2d", "3d"), default="3d", help="the VAE's causal convolutions")
     parser.add_argument("--recache", choices=("rebuild", "window", "device"), default="window")
-    parser.add_argument("--keep-vae-cache", action="store_true", help="do not donate the VAE's caches")
+    parser.add_argument("--donate-vae", action="store_true", help="donate the VAE's caches")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of XLA, without --")
     parser.add_argument("--hlo", help="where to write the optimised HLO")
     parser.add_argument("--json", help="where to write the counts")
     args = parser.parse_args()
+    height, width = args.size
     case = Case(
-        args.layers, args.stacked, *args.size, args.split_kv, args.conv, args.unroll_steps, args.recache,
-        not args.keep_vae_cache,
-    )
+        args.layers, args.stacked, height, width, args.split_kv, args.conv, args.unroll_steps, args.recache,
+        args.donate_vae,
+    )  # fmt: skip
     options = compiler_options("gpu") | {k: _value(v) for k, v in (one.split("=", 1) for one in args.option)}
     results = {}
     for name in args.program:
         started = time.monotonic()
         compiled = PROGRAMS[name](case, options)
         hlo = compiled.as_text()
-        results[name] = {"compile seconds": round(time.monotonic() - started, 1), "memory": memory(compiled)} | census(hlo)
+        seconds = round(time.monotonic() - started, 1)
+        results[name] = {"compile seconds": seconds, "memory": memory(compiled)} | census(hlo)
         print(name, json.dumps(results[name], indent=1), *largest(hlo), sep="\n", flush=True)
         if args.hlo:
             pathlib.Path(args.hlo).write_text(hlo)
