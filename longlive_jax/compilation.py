@@ -14,9 +14,6 @@ from pathlib import Path
 VARIABLE = "LONGLIVE_COMPILATION_CACHE"
 OFF = ("off", "0", "false", "no")
 
-MIN_SECONDS = 0.1
-"""Programs that compile faster are not kept. By jax's own limit, a second, a second start would compile most again."""
-
 
 def keep_compiled_programs() -> Path | None:
     """Turns the cache on for this process; call it before anything is compiled.
@@ -29,16 +26,14 @@ def keep_compiled_programs() -> Path | None:
         return None
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(asked).expanduser().absolute() if asked else root / "longlive_jax" / "compiled"
-    if "jax" not in sys.modules:  # jax reads these when it is imported; `longlive --help` must not wait for that
+    if "jax" not in sys.modules:  # jax reads it when it is imported; `longlive --help` must not wait for that
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(MIN_SECONDS))
         return folder
     import jax
 
     if jax.config.jax_compilation_cache_dir is not None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     return folder
 
 
