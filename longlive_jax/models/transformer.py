@@ -155,10 +155,12 @@ class WanTransformer(nnx.Module):
     Args:
       cfg: sizes.
       stacked: one block with a leading layer axis on its parameters (scanned), or a list of blocks (unrolled).
+      split_kv: of the self-attention of a block to the cache, see `attention`.
     """
 
-    def __init__(self, cfg: TransformerConfig, *, stacked: bool = True, rngs: nnx.Rngs):
+    def __init__(self, cfg: TransformerConfig, *, stacked: bool = True, split_kv: int = 1, rngs: nnx.Rngs):
         self.cfg = cfg
+        self.split_kv = split_kv
         self.patch_embedding = Linear(int(np.prod(cfg.patch)) * cfg.in_channels, cfg.dim, rngs=rngs)
         self.text_embedding = MLP(cfg.text_dim, cfg.dim, cfg.dim, gelu_tanh, rngs=rngs)
         self.time_embedding = MLP(cfg.time_dim, cfg.dim, cfg.dim, nnx.silu, rngs=rngs)
@@ -323,6 +325,8 @@ class WanTransformer(nnx.Module):
         """
         b, t, rows, columns = self._grid(x)
         n, after = rows * columns, count + new
+        # A recache has queries enough to fill a GPU by itself.
+        split_kv = self.split_kv if t == window.block else 1
         turn = lambda positions: rope.rotation(positions, rows, columns, self.cfg.head_dim, self.cfg.rope_theta)
         if window.relative:
             slot_positions = window.positions(after)
@@ -336,7 +340,7 @@ class WanTransformer(nnx.Module):
             k, v, extra = remember(by_head(k if window.relative else rope.rotate(k, turn_queries)), by_head(v))
             k = rope.rotate(k, turn_keys) if window.relative else k
             q, k, v = (rearrange(a, "b t n h d -> b (t n) h d").astype(x.dtype) for a in (q, k, v))
-            y = attention(q, k, v, key_length=window.length(after) * n)
+            y = attention(q, k, v, key_length=window.length(after) * n, split_kv=split_kv)
             return by_token(y.reshape(b, t, n, *q.shape[2:])), extra
 
         return attend
