@@ -7,9 +7,8 @@ rearranged, cast and written one at a time. All faults are told together, and no
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from longlive_jax.checkpoint import compare_shapes
 from longlive_jax.config import ModelConfig, SamplerConfig
 from longlive_jax.conversion import diffusers, extras, layers, sizes, tables
 from longlive_jax.conversion.lora import Lora, lora_faults, merge, open_lora
+from longlive_jax.conversion.progress import Progress, Stage, hashed, watched, written
 from longlive_jax.conversion.readers import GENERATOR_KEYS, Reader, open_weights
 from longlive_jax.conversion.tables_diffusers import DIFFUSERS
-from longlive_jax.errors import UserError, collect, raise_all
+from longlive_jax.errors import UserError, collect, listed, raise_all
 from longlive_jax.tensor_files import LazyTensor, SafetensorsPart
 from longlive_jax.tokenizer import PromptTokenizer
 
@@ -84,6 +84,7 @@ def convert_wan(
     dtype: str = "bfloat16",
     verify: bool = False,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Converts a folder of Wan 2.1's files, with LongLive's generator and LoRA in place of Wan's DiT if given.
 
@@ -91,14 +92,15 @@ def convert_wan(
       folder: the original files (config.json, DiT, VAE, and if they are there text encoder and tokeniser), or a folder
         of diffusers' `WanPipeline`; or a hub id "owner/name" of either.
       output: the checkpoint folder to write.
-      generator: a LongLive or Self-Forcing `.pt`, or any file with a DiT of the same architecture; or
-        "owner/name/path/to/file" on the hub, as for the LoRAs.
+      generator: a LongLive or Self-Forcing `.pt`, or any file with a DiT of the same architecture, by its original
+        names or diffusers'; or "owner/name/path/to/file" on the hub, as for the LoRAs.
       generator_key: entry of that file; by default the first there of `generator`, `generator_ema`, `model`.
       loras: (file, scale) pairs, merged in float32.
       lora_alpha: alpha of the LoRAs that do not say it; their rank by default.
       dtype: "bfloat16" or "float32", of everything written.
       verify: read back what was written, compare checksums and, if PyTorch is installed, each layer's numbers.
       overwrite: replace a checkpoint that is there.
+      progress: is told how far it is.
 
     Returns:
       A report: `summary` (a line to print), `output`, `parts` (tensors, parameters, bytes and checksums of each),
@@ -121,14 +123,20 @@ def convert_wan(
             configs = source.configs
             config = ModelConfig(configs["transformer"], configs["vae"], configs.get("text_encoder"), source.sampler)
     raise_all(source.faults, f"cannot convert {folder}, nothing was written: ")
-    provenance = describe(source, dtype)
+    progress = progress or Progress()
+    progress.plan(stages(source, parts, verify))
+    provenance = describe(source, dtype, progress)
     report: dict[str, Any] = {}
 
     def finish(new: Path, hashes: dict[str, dict[str, str]]) -> None:
+        compared = None
+        if verify:
+            checkpoint.verify(new, hashes, lambda size: progress.advance(READING, size))
+            compared = compare_layers(source, new, lambda tensors, size: progress.advance(COMPARING, size, tensors))
         report.update(
             parts={part: part_report(tensors, hashes[part]) for part, tensors in parts.items()},
             verified=verify,
-            layers=compare_layers(source, new) if verify else None,
+            layers=compared,
             hash=checkpoint.checkpoint_hash(new),
             **provenance,
         )
@@ -138,14 +146,27 @@ def convert_wan(
     checkpoint.save(
         output,
         config,
-        parts,
+        {part: watched(part, tensors, progress) for part, tensors in parts.items()},
         source.tokenizer,
         provenance,
         overwrite=overwrite,
-        verify_written=verify,
         finish=finish,
     )
     return {"output": str(output), "warnings": source.warnings, **report}
+
+
+HASHING, READING, COMPARING = "hashing sources", "reading back", "comparing layers"
+
+
+def stages(source: Source, parts: dict[str, list[LazyTensor]], verify: bool) -> list[Stage]:
+    """What a conversion does, in order."""
+    writing = [written(part, tensors) for part, tensors in parts.items()]
+    order = [Stage(HASHING, len(source.paths), sum(path.stat().st_size for path in source.paths), "files"), *writing]
+    if verify:
+        order.append(Stage(READING, sum(stage.items for stage in writing), sum(stage.nbytes for stage in writing)))
+        sizes = [layers.size(source.readers[p], table.rows) for p, table in source.planned.items()]
+        order.append(Stage(COMPARING, sum(count for count, _ in sizes), sum(nbytes for _, nbytes in sizes)))
+    return order
 
 
 # MARK: opening
@@ -174,7 +195,8 @@ def open_wan(
     if generator or not is_diffusers:
         with collect(source.faults):
             path = hub.file(generator) if generator else folder / DIT_NAME
-            reader = source.readers["transformer"] = open_weights(path, generator_key, keys=GENERATOR_KEYS)
+            reader = diffusers.by_original_names(open_weights(path, generator_key, keys=GENERATOR_KEYS))
+            source.readers["transformer"] = reader
             if settings is not None:
                 cfg = sizes.transformer_sizes(reader.shapes, settings, reader.where)
                 source.configs["transformer"] = cfg
@@ -282,10 +304,10 @@ def plan(source: Source, part: str, cfg: Any, dtype: Any) -> list[LazyTensor]:
     torch_shapes = table.torch_shapes(ours)
     source.faults += compare_shapes(reader.where, torch_shapes, reader.shapes)
     kinds = [n for n, kind in reader.dtypes.items() if not jax.dtypes.issubdtype(kind, np.floating)]
-    source.faults += [f"{reader.where}: {', '.join(kinds)} hold no floating-point numbers"] if kinds else []
-    weights = {original[row.ours]: torch_shapes[row.torch] for row in table.rows if row.transform is tables.LINEAR}
+    source.faults += [f"{reader.where}: {listed(kinds)} hold no floating-point numbers"] if kinds else []
+    parameters = {original[row.ours]: torch_shapes[row.torch] for row in table.rows}
     for lora in loras:
-        source.faults += lora_faults(lora, weights)
+        source.faults += lora_faults(lora, parameters)
 
     def make(row: tables.Row) -> LazyTensor:
         def values():
@@ -299,8 +321,14 @@ def plan(source: Source, part: str, cfg: Any, dtype: Any) -> list[LazyTensor]:
 # MARK: reporting
 
 
-def compare_layers(source: Source, written: Path) -> dict[str, Any] | None:
-    """The report of `layers` on all parts; None, and a warning, without PyTorch."""
+def compare_layers(source: Source, folder: Path, compared: Callable[[int, int], None]) -> dict[str, Any] | None:
+    """The report of `layers` on all parts; None, and a warning, without PyTorch.
+
+    Args:
+      source: what was converted.
+      folder: what was written.
+      compared: is told the number of tensors of each layer that was compared, and their bytes in the source.
+    """
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -308,18 +336,18 @@ def compare_layers(source: Source, written: Path) -> dict[str, Any] | None:
         return None
     differences = []
     for part, table in source.planned.items():
-        files = SafetensorsPart.open(written / f"{part}.safetensors")
+        files = SafetensorsPart.open(folder / f"{part}.safetensors")
         eps = getattr(source.configs[part], "eps", 0.0)  # the VAE's norms have none
         loras = source.loras if part == "transformer" else []
         original = {row.ours: row.torch for row in tables.WAN[part](source.configs[part]).rows}
-        differences += layers.compare(table, source.readers[part], files, eps, loras, original)
+        differences += layers.compare(table, source.readers[part], files, eps, loras, original, compared)
     return layers.report(differences)
 
 
-def describe(source: Source, dtype: str) -> dict[str, Any]:
+def describe(source: Source, dtype: str, progress: Progress) -> dict[str, Any]:
     """What config.json says about where the weights come from."""
     return {
-        "sources": [source_report(path) for path in source.paths],
+        "sources": [source_report(path, progress) for path in source.paths],
         "transformer": Path(source.readers["transformer"].where).name,
         "loras": [
             {
@@ -327,7 +355,7 @@ def describe(source: Source, dtype: str) -> dict[str, Any]:
                 "scale": lora.scale,
                 "rank": one_or_all(lora.ranks),
                 "alpha": one_or_all(lora.alpha_values),
-                "weights": len(lora.sides),
+                "weights": len({*lora.sides, *lora.diffs}),
             }
             for lora in source.loras
         ],
@@ -339,10 +367,9 @@ def one_or_all(values: list) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def source_report(path: Path) -> dict[str, Any]:
+def source_report(path: Path, progress: Progress) -> dict[str, Any]:
     """A file's name, size, sha256 and, if it is from the hub, its repository and revision."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashed(path, HASHING, progress)
     hub_id = {"hub": origin} if (origin := hub.origin(path)) else {}
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest, **hub_id}
 

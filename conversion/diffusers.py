@@ -13,6 +13,7 @@ Every setting of the config files that sizes a model stands in a table here, by 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ import numpy as np
 from longlive_jax import checkpoint
 from longlive_jax.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, from_dict
 from longlive_jax.conversion import sizes
-from longlive_jax.conversion.readers import Reader, open_weights
-from longlive_jax.conversion.tables_diffusers import DIFFUSERS, TIED
-from longlive_jax.errors import UserError, collect, raise_all
+from longlive_jax.conversion.readers import Reader, Renamed, open_weights
+from longlive_jax.conversion.tables_diffusers import DIFFUSERS, ORIGINAL_NAMES, TIED
+from longlive_jax.errors import UserError, collect, listed, raise_all
 from longlive_jax.json_files import read_json
 
 INDEX = "model_index.json"
@@ -179,7 +180,7 @@ def open_part(folder: Path, part: str) -> tuple[Reader, Any]:
     reader, cfg = None, None
     with collect(faults):
         reader = open_weights(folder / part / f"{WEIGHTS[part]}.safetensors")
-        reader = Untied(reader) if part == "text_encoder" else reader
+        reader = untied(reader) if part == "text_encoder" else reader
     with collect(faults):
         cfg = read_sizes(folder, part)
     if reader is not None and cfg is not None:
@@ -202,26 +203,43 @@ def disagreement(reader: Reader, part: str, cfg: Any) -> list[str]:
     ]
 
 
-class Untied:
-    """A reader of a file that may have a tied tensor under its second name, or under both: only the first remains."""
+def untied(reader: Reader) -> Reader:
+    """A file that may have a tied tensor under its second name, or under both: only the first remains.
 
-    def __init__(self, reader: Reader):
-        """Raises UserError if both are there and differ: it is not said then which one the model uses."""
-        self.where, self.paths = reader.where, reader.paths
-        self._reader = reader
-        self._names = {name: name for name in reader.shapes}
-        for second, first in TIED.items():
-            if second not in reader.shapes:
-                continue
-            if first in reader.shapes and not same(reader, first, second):
-                raise UserError(f"{reader.where}: {first} and {second} are one tensor in umT5 but differ; remove one")
-            self._names.setdefault(first, second)
-            del self._names[second]
-        self.shapes = {name: reader.shapes[stored] for name, stored in self._names.items()}
-        self.dtypes = {name: reader.dtypes[stored] for name, stored in self._names.items()}
+    Raises:
+      UserError: both are there and differ, so that it is not said which one the model uses.
+    """
+    names = {name: name for name in reader.shapes}
+    for second, first in TIED.items():
+        if second not in reader.shapes:
+            continue
+        if first in reader.shapes and not same(reader, first, second):
+            raise UserError(f"{reader.where}: {first} and {second} are one tensor in umT5 but differ; remove one")
+        names.setdefault(first, second)
+        del names[second]
+    return Renamed(reader, names)
 
-    def read(self, name: str) -> np.ndarray:
-        return self._reader.read(self._names[name])
+
+def by_original_names(reader: Reader) -> Reader:
+    """A DiT with diffusers' names by the original ones, which name the same tensors; any other file as it is.
+
+    Raises:
+      UserError: it has names that only diffusers has, and names that only the original has.
+    """
+    layers = {name: re.match(r"blocks\.(\d+)\.", name) for name in reader.shapes}
+    patterns = {name: f"blocks.{{i}}.{name[layer.end() :]}" if layer else name for name, layer in layers.items()}
+    originals = set(ORIGINAL_NAMES.values())
+    theirs = [name for name, pattern in patterns.items() if pattern in ORIGINAL_NAMES.keys() - originals]
+    ours = [name for name, pattern in patterns.items() if pattern in originals - ORIGINAL_NAMES.keys()]
+    if theirs and ours:
+        raise UserError(
+            f"{reader.where} has diffusers' names ({listed(theirs)}) beside original ones ({listed(ours)}); "
+            "give a file with one of them"
+        )
+    if not theirs:
+        return reader
+    new = lambda name: ORIGINAL_NAMES[patterns[name]].replace("{i}", layers[name][1] if layers[name] else "")
+    return Renamed(reader, {new(name) if patterns[name] in ORIGINAL_NAMES else name: name for name in reader.shapes})
 
 
 def same(reader: Reader, one: str, two: str) -> bool:

@@ -26,12 +26,22 @@ from longlive_jax.conversion.convert import (
     part_report,
     summary,
 )
+from longlive_jax.conversion.lora_file import read_factors, write_lora
+from longlive_jax.conversion.progress import Progress, Stage, watched, written
 from longlive_jax.conversion.tables_diffusers import DIFFUSERS
 from longlive_jax.conversion.torch_files import require_torch, stream_to_pickle, torch_save
 from longlive_jax.errors import UserError
 from longlive_jax.tensor_files import LazyTensor, SafetensorsPart
 
-GENERATOR_NAME = "longlive_base.pt"
+GENERATOR_NAME, LORA_NAME = "longlive_base.pt", "lora.pt"
+PICKLES = {"transformer": GENERATOR_NAME, "vae": VAE_NAMES[0], "text_encoder": TEXT_NAMES[0]}
+"""The `.pt` or `.pth` file of each part, which is written when its tensors are on the disk."""
+
+MERGED = (
+    f"{GENERATOR_NAME} has the LoRA merged; {LORA_NAME} goes over the generator that its training began with: load one "
+    "of the two"
+)
+
 METADATA = {"format": "pt"}
 """transformers refuses a safetensors file whose header does not say that it is of PyTorch."""
 
@@ -40,17 +50,24 @@ Plan = dict[str, list[LazyTensor]]
 
 
 def export(
-    folder: str | Path, output: str | Path, to: str, *, dtype: str | None = None, overwrite: bool = False
+    folder: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Converts a checkpoint folder to PyTorch files.
 
     Args:
       folder: the checkpoint.
       output: the folder to write.
-      to: "torch": a Wan folder (config.json, DiT, VAE, text encoder, tokeniser) with `longlive_base.pt` in it; or
-        "diffusers": a folder of diffusers' `WanPipeline`.
+      to: "torch": a Wan folder (config.json, DiT, VAE, text encoder, tokeniser) with `longlive_base.pt` in it, and
+        `lora.pt` if the checkpoint has a LoRA beside its weights; or "diffusers": a folder of diffusers' `WanPipeline`.
       dtype: "bfloat16" or "float32", of everything written; as stored by default.
       overwrite: replace such a folder that is there.
+      progress: is told how far it is.
 
     Returns:
       A report: `summary` (a line to print), `output`, `parts` (tensors, parameters, bytes and checksums of each),
@@ -76,18 +93,39 @@ def export(
     }
     tokenizer = folder / "tokenizer.json"
     tokenizer = tokenizer if tokenizer.is_file() else None
+    factors = read_factors(folder) if to == "torch" else {}
+    progress = progress or Progress()
+    progress.plan(stages(plan, to))
     origin = checkpoint.load_provenance(folder) | {"checkpoint": checkpoint.checkpoint_hash(folder)}
     with checkpoint.new_folder(output) as new:
-        hashes = WRITERS[to](new, config, plan, tokenizer)
+        watching = {part: watched(part, tensors, progress) for part, tensors in plan.items()}
+        hashes = WRITERS[to](new, config, watching, tokenizer, progress)
+        if factors:
+            write_lora(new / LORA_NAME, {"generator_lora": factors}, config.transformer, dtype=dtype)
         extras.write(new, config, to, origin)
     report = {part: part_report(tensors, hashes[part]) for part, tensors in plan.items()}
-    written = " and ".join(sorted({str(np.dtype(tensor.dtype)) for tensors in plan.values() for tensor in tensors}))
+    dtypes = " and ".join(sorted({str(np.dtype(tensor.dtype)) for tensors in plan.values() for tensor in tensors}))
     return {
-        "summary": summary({"parts": report, "dtype": written, "loras": [], "verified": False, "layers": None}),
+        "summary": summary({"parts": report, "dtype": dtypes, "loras": [], "verified": False, "layers": None}),
         "output": str(output),
         "parts": report,
-        "warnings": missing(config, tokenizer) + extras.warnings(config, to),
+        "warnings": missing(config, tokenizer) + extras.warnings(config, to) + ([MERGED] if factors else []),
     }
+
+
+def stages(plan: Plan, to: str) -> list[Stage]:
+    """What an export does, in order."""
+    order = []
+    for part, tensors in plan.items():
+        order.append(written(part, tensors))
+        if to == "torch":
+            order.append(pickling(part, tensors))
+    return order
+
+
+def pickling(part: str, tensors: list[LazyTensor]) -> Stage:
+    """The stage of a part's `.pt` or `.pth` file."""
+    return Stage(f"writing {PICKLES[part]}", 1, sum(tensor.nbytes for tensor in tensors), "file")
 
 
 TABLES = {"torch": tables.WAN, "diffusers": DIFFUSERS}
@@ -130,7 +168,9 @@ def write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> None:
 # MARK: diffusers
 
 
-def write_diffusers(folder: Path, config: ModelConfig, plan: Plan, tokenizer: Path | None) -> dict[str, dict[str, str]]:
+def write_diffusers(
+    folder: Path, config: ModelConfig, plan: Plan, tokenizer: Path | None, progress: Progress
+) -> dict[str, dict[str, str]]:
     """A `WanPipeline` folder. Returns the sha256 of every tensor, by part and name."""
     hashes = {}
     for part, tensors in plan.items():
@@ -148,7 +188,9 @@ def write_diffusers(folder: Path, config: ModelConfig, plan: Plan, tokenizer: Pa
 # MARK: LongLive and Wan
 
 
-def write_torch(folder: Path, config: ModelConfig, plan: Plan, tokenizer: Path | None) -> dict[str, dict[str, str]]:
+def write_torch(
+    folder: Path, config: ModelConfig, plan: Plan, tokenizer: Path | None, progress: Progress
+) -> dict[str, dict[str, str]]:
     """A Wan folder and LongLive's generator. Returns the sha256 of every tensor, by part and original name."""
     write_json(folder / "config.json", sizes.wan_settings(config.transformer))
     stem = DIT_NAME.removesuffix(".safetensors")
@@ -156,9 +198,12 @@ def write_torch(folder: Path, config: ModelConfig, plan: Plan, tokenizer: Path |
     shards = SafetensorsPart.open(folder / DIT_NAME).paths
     # LongLive loads into a wrapper whose attribute `model` is the DiT.
     torch_save(shards, folder / GENERATOR_NAME, lambda dit: {"generator": {f"model.{n}": v for n, v in dit.items()}})
-    for part, name in (("vae", VAE_NAMES[0]), ("text_encoder", TEXT_NAMES[0])):
+    done = lambda stage: progress.advance(stage.name, stage.nbytes)
+    done(pickling("transformer", plan["transformer"]))
+    for part in ("vae", "text_encoder"):
         if part in plan:
-            hashes[part] = stream_to_pickle(plan[part], folder / name)
+            hashes[part] = stream_to_pickle(plan[part], folder / PICKLES[part])
+            done(pickling(part, plan[part]))
     if tokenizer:
         write_tokenizer(folder / TOKENIZER_FOLDER, tokenizer, config)
     return hashes

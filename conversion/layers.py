@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -48,7 +49,8 @@ class Layer:
       name: original name.
       rows: by the last part of the original name ("weight", "bias", "gamma", ...).
       reader, files: of the source, and of what was written.
-      changes: (scale, B, A) of each LoRA that was merged into the weight, read when called.
+      loras: that were merged.
+      original: the name by which LoRAs know a parameter, by our name.
       eps: of the norms.
     """
 
@@ -56,7 +58,8 @@ class Layer:
     rows: dict[str, Row]
     reader: Reader
     files: SafetensorsPart
-    changes: Callable[[], list[tuple[np.float32, np.ndarray, np.ndarray]]]
+    loras: Sequence[Lora]
+    original: dict[str, str]
     eps: float
 
     @property
@@ -73,8 +76,18 @@ class Layer:
         return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
     def theirs(self) -> list[Any]:
-        """The original tensors, float32: [weight] or [weight, bias]."""
-        return [_torch(self.reader.read(row.torch)).float() for row in self.rows.values()]
+        """The original tensors, float32: [weight] or [weight, bias], whole differences of LoRAs added."""
+        tensors = []
+        for row in self.rows.values():
+            diffs = (lora.difference(self.original[row.ours]) for lora in self.loras)
+            tensor = _torch(self.reader.read(row.torch)).float()
+            tensors.append(sum((_torch(diff) for diff in diffs if diff is not None), tensor))
+        return tensors
+
+    def factors(self) -> list[tuple[np.float32, np.ndarray, np.ndarray]]:
+        """(scale, B, A) of each LoRA that was merged into the weight."""
+        factors = [lora.factors(self.original[self.row.ours]) for lora in self.loras]
+        return [found for found in factors if found is not None]
 
     def written(self) -> dict[str, np.ndarray]:
         """Our parameters by name within the layer."""
@@ -119,7 +132,7 @@ def _linear_args(params: dict) -> tuple:
 def linear(layer: Layer, f) -> Outputs:
     x = layer.draw(VECTORS, layer.shape[1])
     theirs = f.linear(_torch(x), *layer.theirs())
-    for scale, b, a in layer.changes():
+    for scale, b, a in layer.factors():
         theirs = theirs + float(scale) * f.linear(f.linear(_torch(x), _torch(a)), _torch(b))
     return theirs, layer.ours(_make_linear, _linear_args, x)
 
@@ -235,7 +248,13 @@ class Difference:
 
 
 def compare(
-    table: Table, reader: Reader, files: SafetensorsPart, eps: float, loras: Sequence[Lora], original: dict[str, str]
+    table: Table,
+    reader: Reader,
+    files: SafetensorsPart,
+    eps: float,
+    loras: Sequence[Lora],
+    original: dict[str, str],
+    compared: Callable[[int, int], None] = lambda tensors, nbytes: None,
 ) -> list[Difference]:
     """Compares every layer of a part.
 
@@ -245,7 +264,8 @@ def compare(
       files: what was written.
       eps: of the norms with eps.
       loras: that were merged.
-      original: the name by which LoRAs know a weight, by our name.
+      original: the name by which LoRAs know a parameter, by our name.
+      compared: is told the number of tensors of each layer that was compared, and their bytes in the source.
     """
     from torch.nn import functional
 
@@ -257,17 +277,22 @@ def compare(
     differences = []
     for name, rows in groups.items():
         compute = kind(rows)
-        weight = original[next(iter(rows.values())).ours]
-        changing = [lora for lora in loras if weight in lora.sides]
-        changes = lambda weight=weight, changing=changing: [lora.factors(weight) for lora in changing]
+        changing = [lora for lora in loras if any(lora.changes(original[row.ours]) for row in rows.values())]
         with jax.default_matmul_precision("highest"):  # GPUs and TPUs round the inputs of products otherwise
-            theirs, ours = compute(Layer(name, rows, reader, files, changes, eps), functional)
+            theirs, ours = compute(Layer(name, rows, reader, files, changing, original, eps), functional)
         theirs, ours = np.asarray(theirs), np.asarray(ours, np.float32)
-        error, size = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
+        error, norm = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
         allowed = max(_allowed(row, reader, files, bool(changing)) for row in rows.values())
-        relative = float(error / size) if size else float("inf" if error else 0)
+        relative = float(error / norm) if norm else float("inf" if error else 0)
         differences.append(Difference(name, compute.__name__, relative, allowed))
+        compared(*size(reader, rows.values()))
     return differences
+
+
+def size(reader: Reader, rows: Iterable[Row]) -> tuple[int, int]:
+    """Number of the original tensors of some rows, and their bytes."""
+    sizes = [math.prod(reader.shapes[row.torch]) * reader.dtypes[row.torch].itemsize for row in rows]
+    return len(sizes), sum(sizes)
 
 
 def _allowed(row: Row, reader: Reader, files: SafetensorsPart, merged: bool) -> float:

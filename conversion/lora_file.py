@@ -14,8 +14,8 @@ from longlive_jax.config import TransformerConfig
 from longlive_jax.conversion import tables
 from longlive_jax.conversion.convert import OUTPUT_DTYPES
 from longlive_jax.conversion.torch_files import require_torch, stream_to_pickle
-from longlive_jax.errors import UserError, raise_all
-from longlive_jax.tensor_files import LazyTensor
+from longlive_jax.errors import UserError, listed, raise_all
+from longlive_jax.tensor_files import LazyTensor, SafetensorsFile
 
 Factors = tuple[np.ndarray, np.ndarray]
 """A of shape [in, rank] and B of shape [rank, out]: a kernel [in, out] changes by (alpha / rank) A B."""
@@ -66,6 +66,24 @@ def write_lora(
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def read_factors(folder: Path) -> dict[str, Factors]:
+    """The LoRA beside a checkpoint's merged weights, by the kernel it changes; empty without one.
+
+    Raises:
+      UserError: the file is damaged, or a matrix is there without the other.
+    """
+    path = folder / checkpoint.LORA
+    if not path.is_file():
+        return {}
+    file = SafetensorsFile(path)
+    sides = {side: {n.removesuffix(side) for n in file.shapes if n.endswith(side)} for side in (".lora_a", ".lora_b")}
+    modules = sides[".lora_a"] & sides[".lora_b"]
+    odd = [name for name in file.shapes if name.rpartition(".")[0] not in modules]
+    if odd:
+        raise UserError(f"{path} has {listed(odd)}, which are no pairs of lora_a and lora_b; copy the checkpoint again")
+    return {f"{m}.kernel": (file.read(f"{m}.lora_a"), file.read(f"{m}.lora_b")) for m in sorted(modules)}
 
 
 def _peft_tensors(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from longlive_jax import checkpoint, schedule
 from longlive_jax.config import unknown_name
 from longlive_jax.conversion.rollout import rollout
 from longlive_jax.conversion.training_parity import streaming_training
-from longlive_jax.errors import UserError
+from longlive_jax.errors import UserError, listed
 from longlive_jax.json_files import parse_json
 from longlive_jax.models.layers import structure
 
@@ -60,19 +61,35 @@ class Case:
         return jnp.asarray(rearrange(self.get(name, "b f c h w"), "b f c h w -> b f h w c"), jnp.float32)
 
 
+SMALL = 64 * 10**6
+"""Bytes of arrays that any case may have, ..."""
+
+INFLATION = 20
+"""... and how many times its file's size a larger one: noise does not compress, but padded embeddings do."""
+
+
 def read_case(path: str | Path) -> Case:
     """Reads an `.npz`; pickled arrays are refused. Raises UserError for a file that is no case."""
     path = Path(path)
     try:
+        with zipfile.ZipFile(path) as file:
+            size = sum(member.file_size for member in file.infolist())  # as declared; no more is inflated
+        if size > max(SMALL, INFLATION * path.stat().st_size):
+            raise UserError(
+                f"{path} claims {size / 1e9:.3g} GB in a file of {path.stat().st_size / 1e6:.3g} MB, which no recorded "
+                "case does; record it again"
+            )
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"there is no case {path}") from error
     except Exception as error:  # of zipfile, zlib, numpy's headers, or the memory that a damaged one asks for
         raise UserError(f"{path} is damaged or no .npz file; copy it again") from error
     odd = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
     if odd:
-        raise UserError(f"{path} has {', '.join(odd)}, which are no arrays; copy it again")
+        raise UserError(f"{path} has {listed(odd)}, which are no arrays; copy it again")
     meta = parse_json(str(arrays.pop("meta", "")), f"{path} is no parity case: its 'meta'", "copy it again")
     if not isinstance(meta.get("kind"), str):
         raise UserError(f"{path} has no 'meta' with a kind, so it is no parity case")

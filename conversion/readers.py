@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from longlive_jax.errors import UserError
+from longlive_jax.errors import UserError, listed
 from longlive_jax.tensor_files import SafetensorsPart
 
 GENERATOR_KEYS = ("generator", "generator_ema", "model")
@@ -89,7 +90,7 @@ class TorchReader:
         wrong = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
         wrong += [name for name, value in tensors.items() if isinstance(value, torch.Tensor) and not is_plain(value)]
         if wrong:
-            raise UserError(f"{where} holds more than plain tensors: {', '.join(wrong)}; save the state dict alone")
+            raise UserError(f"{where} holds more than plain tensors: {listed(wrong)}; save the state dict alone")
         self.where = where
         self.paths = [path]
         self.metadata: dict[str, str] = {}
@@ -110,6 +111,24 @@ class TorchReader:
 
             return tensor.view(torch.int16).numpy().view(dtype)
         return tensor.numpy()
+
+
+class Renamed:
+    """The tensors of a reader by other names; those left out are not there.
+
+    Args:
+      reader: where they are.
+      names: its name of each, by the new one.
+    """
+
+    def __init__(self, reader: Reader, names: dict[str, str]):
+        self.where, self.paths, self.metadata = reader.where, reader.paths, reader.metadata
+        self.shapes = {name: reader.shapes[stored] for name, stored in names.items()}
+        self.dtypes = {name: reader.dtypes[stored] for name, stored in names.items()}
+        self._reader, self._names = reader, names
+
+    def read(self, name: str) -> np.ndarray:
+        return self._reader.read(self._names[name])
 
 
 def is_plain(tensor: Any) -> bool:
@@ -206,9 +225,13 @@ def load_pickle(path: Path) -> Any:
     except ImportError as error:
         raise UserError(f'reading {path.name} needs PyTorch: pip install "longlive-jax[convert]"') from error
     try:
+        if mapped:
+            refuse_compressed(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice to its own users
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UserError:
+        raise
     except Exception as error:  # torch raises whatever a damaged archive leads to
         if any(sign in str(error) for sign in UNSAFE):
             raise UserError(
@@ -218,3 +241,14 @@ def load_pickle(path: Path) -> Any:
         if isinstance(error, pickle.UnpicklingError):
             raise UserError(f"{path} is damaged or no PyTorch file of weights; copy or download it again") from error
         raise UserError(f"{path} is cut off or damaged; copy or download it again") from error
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raises UserError for a zip archive of which anything is compressed.
+
+    PyTorch compresses nothing. A few bytes could be inflated to fill the memory, and tensors are read where they lie.
+    """
+    with zipfile.ZipFile(path) as file:
+        compressed = [info.filename for info in file.infolist() if info.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        raise UserError(f"{path} holds {listed(compressed)} compressed, as PyTorch writes no file; save it again")

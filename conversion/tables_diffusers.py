@@ -59,6 +59,9 @@ _ORIGINAL = {row.ours: row.torch for row in WAN_TRANSFORMER}
 TRANSFORMER_MODULES = {_module(row.torch): _module(_ORIGINAL[row.ours]) for row in TRANSFORMER}
 """Modules (and bare parameters) of the DiT by diffusers' name -> by the original one: where both become the same."""
 
+ORIGINAL_NAMES = {row.torch: _ORIGINAL[row.ours] for row in TRANSFORMER}
+"""Tensors of the DiT by diffusers' name -> by the original one: the same numbers in the same layout."""
+
 
 def transformer(cfg: TransformerConfig) -> Table:
     """`WanTransformer3DModel`."""

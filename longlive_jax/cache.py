@@ -23,6 +23,7 @@ from flax import struct
 from jaxtyping import Array, Int, Num
 
 from longlive_jax.config import SamplerConfig
+from longlive_jax.sharding import by_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,8 @@ class KVCache:
         def buffer():  # made twice, not shared: donating one buffer twice is an error
             return jnp.zeros(shape, dtype) if stacked else tuple(jnp.zeros(shape[1:], dtype) for _ in range(shape[0]))
 
-        return cls(k=buffer(), v=buffer(), count=jnp.zeros((), jnp.int32))
+        keys, values = jax.tree.map(by_head, (buffer(), buffer()))
+        return cls(k=keys, v=values, count=jnp.zeros((), jnp.int32))
 
 
 def write_frames(

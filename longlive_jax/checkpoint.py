@@ -5,6 +5,8 @@
     vae.safetensors
     text_encoder.safetensors    above 5 GB: text_encoder.safetensors.index.json and text_encoder-00001-of-00003...
     tokenizer.json
+    lora.safetensors            beside weights that were trained as a LoRA and have it merged; only `longlive convert
+                                --to torch` reads it
 
 Files are written tensor by tensor, so a 28 GB checkpoint needs the memory of its largest tensor, in a folder with a
 temporary name beside the target that is renamed at the end: a checkpoint is complete or not there. Each file's header
@@ -30,7 +32,7 @@ import numpy as np
 from flax import nnx
 
 from longlive_jax.config import ModelConfig, from_dict, to_dict
-from longlive_jax.errors import UserError, collect, raise_all
+from longlive_jax.errors import UserError, collect, listed, raise_all
 from longlive_jax.json_files import read_json
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
@@ -45,6 +47,10 @@ SHARD_BYTES = 5_000_000_000
 
 MODULES: dict[str, type[nnx.Module]] = {"transformer": WanTransformer, "vae": VAE, "text_encoder": TextEncoder}
 """The parts and what they are made of. Each has its sizes in the field of `ModelConfig` of the same name."""
+
+LORA = "lora.safetensors"
+"""The LoRA that was merged, a tensor a layer: `lora_a` [in, rank] and `lora_b` [rank, out] where the kernel has its
+name, scaled so that alpha is the rank."""
 
 STACKED = "blocks"
 """The parameters under this name have a leading layer axis in memory, and a tensor a layer in files."""
@@ -87,15 +93,18 @@ def lazy_tensors(params: Params, dtype: Any = None) -> list[LazyTensor]:
 
 
 def compare_shapes(where: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
-    """One fault for all missing tensors, one for all unexpected ones, one for each wrong shape; each by its name."""
+    """One fault for all missing tensors, one for all unexpected ones, one for all that are wrong in the same way."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
-    faults = [f"{where} lacks {', '.join(missing)}"] if missing else []
-    faults += [f"{where} has unexpected {', '.join(unexpected)}"] if unexpected else []
+    faults = [f"{where} lacks {listed(missing)}"] if missing else []
+    faults += [f"{where} has unexpected {listed(unexpected)}"] if unexpected else []
+    wrong: dict[tuple, list[str]] = {}
+    for name, shape in expected.items():
+        if name in found and tuple(found[name]) != tuple(shape):
+            wrong.setdefault((tuple(found[name]), tuple(shape)), []).append(name)
     return faults + [
-        f"{where}: {name} is {list(found[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
+        f"{where}: {listed(names)} {'is' if len(names) == 1 else 'are'} {list(shape)}, expected {list(right)}"
+        for (shape, right), names in wrong.items()
     ]
 
 
@@ -209,13 +218,23 @@ def checkpoint_hash(folder: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def verify(folder: str | os.PathLike, hashes: dict[str, dict[str, str]]) -> None:
-    """Reads every tensor back and compares its sha256 with `hashes` (part -> tensor -> sha256)."""
+def verify(
+    folder: str | os.PathLike, hashes: dict[str, dict[str, str]], read: Callable[[int], None] = lambda size: None
+) -> None:
+    """Reads every tensor back and compares its sha256 with `hashes` (part -> tensor -> sha256).
+
+    `read` is told the size in bytes of each tensor that was read.
+    """
     faults = []
     for part, expected in hashes.items():
-        files = SafetensorsPart.open(Path(folder) / f"{part}.safetensors")
-        read = {name: hashlib.sha256(files.read(name).tobytes()).hexdigest() for name in files.shapes}
-        faults += [f"{part}: {n} differs from what was written" for n in expected if read.get(n) != expected[n]]
+        files, wrong = SafetensorsPart.open(Path(folder) / f"{part}.safetensors"), []
+        for name in files.shapes:
+            values = np.ascontiguousarray(files.read(name)).reshape(-1).view(np.uint8).data
+            if hashlib.sha256(values).hexdigest() != expected.get(name):
+                wrong.append(name)
+            read(values.nbytes)
+        wrong += [name for name in expected if name not in files.shapes]
+        faults += [f"{part}: {listed(wrong)} not as written"] if wrong else []
     raise_all(faults, "the disk did not keep what was written; write to another disk: ")
 
 
@@ -231,7 +250,6 @@ def save(
     *,
     dtype: Any = None,
     overwrite: bool = False,
-    verify_written: bool = False,
     finish: Callable[[Path, dict[str, dict[str, str]]], None] | None = None,
     shard_bytes: int | None = None,
 ) -> dict[str, dict[str, str]]:
@@ -246,9 +264,8 @@ def save(
       provenance: where the weights come from; anything JSON can hold.
       dtype: floating-point parameters of nested dicts are cast to it; None for as they are.
       overwrite: replace a checkpoint that is there.
-      verify_written: read everything back before the folder gets its name.
-      finish: called with the complete folder and the hashes before it gets its name; may add files, or refuse it by an
-        error.
+      finish: called with the complete folder and the hashes before it gets its name, such as `verify`; may add files,
+        or refuse it by an error.
       shard_bytes: size of a shard; `SHARD_BYTES` by default.
 
     Returns:
@@ -273,8 +290,6 @@ def save(
         hashes = {part: write_part(new, part, tensors, shard_bytes or SHARD_BYTES) for part, tensors in parts.items()}
         if tokenizer is not None:
             tokenizer.save(new)
-        if verify_written:
-            verify(new, hashes)
         if finish is not None:
             finish(new, hashes)
     return hashes

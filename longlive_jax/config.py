@@ -256,6 +256,40 @@ class SamplerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProgramConfig:
+    """How a video's programs are built. Changes time and memory; numbers by rounding only.
+
+    Attributes:
+      unroll_layers: the layers one after another in the program, each with arrays of its own, instead of a loop over
+        stacked ones. Nothing is sliced or copied, but compiling takes longer. None: on a GPU.
+      early_frames: a stream hands a block's frames out before the block's clean pass. None: on an accelerator.
+      split_kv: parts in which a block's self-attention goes through the keys; see `models.attention`.
+      vae_conv: how the VAE's causal convolutions are computed, "2d" or "3d"; see `models.vae`. None: "3d" on a GPU.
+    """
+
+    unroll_layers: bool | None = None
+    early_frames: bool | None = None
+    split_kv: int = 1
+    vae_conv: str | None = None
+
+    def __post_init__(self):
+        if self.vae_conv is not None:
+            _choice("vae_conv", self.vae_conv, ("2d", "3d"))
+        if self.split_kv < 1:
+            raise UserError(f"split_kv is {self.split_kv}; 1 or more parts are needed")
+
+    def decided(self, backend: str) -> ProgramConfig:
+        """With the choices made that were left to the backend ("cpu", "gpu", "tpu")."""
+        choose = lambda asked, default: default if asked is None else asked
+        return dataclasses.replace(
+            self,
+            unroll_layers=choose(self.unroll_layers, backend == "gpu"),
+            early_frames=choose(self.early_frames, backend != "cpu"),
+            vae_conv=choose(self.vae_conv, "3d" if backend == "gpu" else "2d"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A whole model: what `config.json` of a checkpoint folder describes."""
 

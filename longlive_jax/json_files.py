@@ -53,4 +53,9 @@ def parse_json(text: str, where: str, advice: str = "copy or download it again")
         depth += 1
         if depth > MAX_DEPTH:
             raise UserError(f"{where} is nested more than {MAX_DEPTH} deep, which no settings are; {advice}")
+    if "\\ud" in text.lower():  # an escape may be half of a character, which no file of ours could hold again
+        try:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where} has half a character in a text ({error}); {advice}") from error
     return values

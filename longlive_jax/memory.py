@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from longlive_jax.cache import Window
 from longlive_jax.config import SPATIAL_FACTOR, TEMPORAL_FACTOR, ModelConfig, SamplerConfig
 from longlive_jax.errors import UserError
+from longlive_jax.models.attention import LOGITS_LIMIT
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
@@ -55,8 +56,8 @@ def estimate(
     queries = (slots if switches and sampler.switch == "recache" else sampler.block_frames) * tokens
     pixels = batch * TEMPORAL_FACTOR * sampler.block_frames * sampler.height * sampler.width
     attention = 0
-    if jax.default_backend() == "cpu" or size == 4:  # logits are built there, in float32
-        attention = 2 * batch * cfg.num_heads * queries * slots * tokens * 4
+    if jax.default_backend() == "cpu" or size == 4:  # logits are built there, in float32, and their softmax
+        attention = 2 * min(batch * cfg.num_heads * queries * slots * tokens * 4, LOGITS_LIMIT)
     return {
         "KV cache": 2 * cfg.num_layers * batch * slots * tokens * cfg.dim * size,
         "prompt keys and values": 2 * cfg.num_layers * batch * cfg.text_length * cfg.dim * size,

@@ -12,9 +12,10 @@ for frames in stream:                      # uint8 [1, t, H, W, 3], block by blo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,19 @@ from flax import nnx
 
 from longlive_jax import checkpoint, hub, memory, sharding
 from longlive_jax.cache import Window
-from longlive_jax.config import MAX_ABSOLUTE_FRAMES, ModelConfig, SamplerConfig, replace, to_dict, unknown_name
+from longlive_jax.compilation import compiler_options
+from longlive_jax.config import (
+    MAX_ABSOLUTE_FRAMES,
+    ModelConfig,
+    ProgramConfig,
+    SamplerConfig,
+    replace,
+    to_dict,
+    unknown_name,
+)
 from longlive_jax.decoding.decoder import Decoder
-from longlive_jax.decoding.state import BlockInputs, drop_filler
+from longlive_jax.decoding.state import BlockInputs, BlockOutput, drop_filler
+from longlive_jax.decoding.switch import how_to_recache
 from longlive_jax.errors import UserError
 from longlive_jax.models.layers import structure
 from longlive_jax.models.text_encoder import TextEncoder
@@ -42,10 +53,33 @@ from longlive_jax.video import VideoWriter
 Prompts = str | Schedule | Sequence[Any]
 """A text; a timeline `[(0, text), (5, text)]`; a `Schedule`; or a list of texts or schedules, one video each."""
 
-_init = jax.jit(Decoder.init, static_argnums=0)
-_step = jax.jit(Decoder.step, static_argnums=0, donate_argnums=2)
-_switch = jax.jit(Decoder.switch, static_argnums=0, donate_argnums=2)
-_scan = jax.jit(Decoder.scan, static_argnums=0, donate_argnums=2)
+
+def _program(name: str, *, static: tuple[int, ...] = (), donate: tuple[int, ...] = ()) -> Callable:
+    """A method of the decoder as a compiled program of (decoder, *arguments).
+
+    It is given to jax when it is first called: the options depend on the backend, and to ask for that starts it.
+    """
+
+    def run(decoder, *args):
+        return getattr(decoder, name)(*args)
+
+    run.__name__ = name
+
+    @functools.cache
+    def jitted():
+        options = compiler_options(jax.default_backend())
+        return jax.jit(run, static_argnums=(0, *static), donate_argnums=donate, compiler_options=options)
+
+    return lambda *args: jitted()(*args)
+
+
+_init = _program("init")
+_step = _program("step", donate=(2,))
+_denoise = _program("denoise", donate=(2,))
+_pixels = _program("pixels", static=(4,))  # donated, its cache would be copied: old and new are needed together
+_finish = _program("finish", donate=(2,))
+_switch = _program("switch", static=(4,), donate=(2,))
+_scan = _program("scan", donate=(2,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +131,8 @@ class LongLivePipeline:
       config: sizes of the networks and the sampler's defaults.
       dtype: of activations and of the KV cache.
       mesh: devices to spread over, or None for one.
+      program: how the programs are built, as decided for the backend.
+      params: of the transformer (layers stacked, or apart if `program` unrolls them) and the VAE.
     """
 
     def __init__(
@@ -107,6 +143,7 @@ class LongLivePipeline:
         *,
         dtype: Any = jnp.float32,
         mesh: jax.sharding.Mesh | None = None,
+        program: ProgramConfig | None = None,
         checkpoint_info: dict[str, Any] | None = None,
         note: Callable[[str], None] | None = None,
     ):
@@ -117,15 +154,27 @@ class LongLivePipeline:
         self._note = note or (lambda line: print(line, file=sys.stderr))
         self._tokenizer = tokenizer
         self._text_params = params.get("text_encoder")
+        self.program = program = (program or ProgramConfig()).decided(jax.default_backend())
+        stacked = not program.unroll_layers
         parts = {name: params[name] for name in ("transformer", "vae")}
+        if not stacked:
+            parts["transformer"] = checkpoint.unstack(parts["transformer"])
         self.params = sharding.shard_params(parts, mesh)
-        self._transformer = structure(lambda: WanTransformer(config.transformer, rngs=nnx.Rngs(0)))
-        self._vae = structure(lambda: VAE(config.vae, rngs=nnx.Rngs(0)))
+        self._transformer = structure(
+            lambda: WanTransformer(config.transformer, stacked=stacked, split_kv=program.split_kv, rngs=nnx.Rngs(0))
+        )
+        self._vae = structure(lambda: VAE(config.vae, impl=program.vae_conv, rngs=nnx.Rngs(0)))
         self._embeds: dict[str, jax.Array] = {}
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path = "sprites", *, dtype: Any = None, mesh=None, note: Callable[[str], None] | None = None
+        cls,
+        source: str | Path = "sprites",
+        *,
+        dtype: Any = None,
+        mesh=None,
+        program: ProgramConfig | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> LongLivePipeline:
         """Loads a checkpoint.
 
@@ -133,6 +182,7 @@ class LongLivePipeline:
           source: "sprites" (ships with the package), a checkpoint folder, or a Hugging Face id of one.
           dtype: of weights and activations; bfloat16 on an accelerator, float32 on a CPU by default.
           mesh: see `longlive_jax.sharding.make_mesh`.
+          program: how programs are built; what suits the backend by default.
           note: gets one-line messages; standard error by default.
 
         Raises:
@@ -147,7 +197,7 @@ class LongLivePipeline:
         has_tokenizer = (folder / "tokenizer.json").exists()
         tokenizer = PromptTokenizer.from_folder(folder, config.transformer.text_length) if has_tokenizer else None
         info = {"name": str(source), "hash": checkpoint.checkpoint_hash(folder)}
-        return cls(config, params, tokenizer, dtype=dtype, mesh=mesh, checkpoint_info=info, note=note)
+        return cls(config, params, tokenizer, dtype=dtype, mesh=mesh, program=program, checkpoint_info=info, note=note)
 
     def __call__(
         self,
@@ -272,7 +322,7 @@ class VideoStream:
       plans: one a video. Prompts set by `set_prompt` come on top.
       seeds: one a video.
       latents: of the newest block, float32 [B, f, h, w, C].
-      position: latent frames made so far.
+      position: latent frames made or begun so far.
       applied: (seconds, prompts) of every prompt change so far, as it took effect.
     """
 
@@ -286,7 +336,8 @@ class VideoStream:
         self._embeds = self._encode([plan.prompts for plan in plans])
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         first, keys = sharding.shard_batch((self._embeds[0], keys), pipe.mesh)
-        self._state = _init(self.decoder, pipe.params, first, keys)
+        with sharding.using(pipe.mesh):
+            self._state = _init(self.decoder, pipe.params, first, keys)
 
     @property
     def num_blocks(self) -> int | None:
@@ -310,21 +361,71 @@ class VideoStream:
         return self
 
     def __next__(self) -> np.ndarray:
-        block = self.position // self.sampler.block_frames
-        if self.num_blocks is not None and block >= self.num_blocks:
+        return self._fetch(self._begin())
+
+    def ahead(self) -> Iterator[np.ndarray]:
+        """As iterating, but the device is given the next block before the frames of the last are handed out.
+
+        For whoever has no prompt to set in between: one that is set waits for the block after the one begun.
+        """
+        for first in self:
+            yield first  # before anything else: the second block may have to be compiled
+            break
+        begun = None
+        while self.num_blocks is None or self._block < self.num_blocks:
+            last, begun = begun, self._begin()
+            if last is not None:
+                yield self._fetch(last)
+        if begun is not None:
+            yield self._fetch(begun)
+
+    @property
+    def _block(self) -> int:
+        """Index of the block to come."""
+        return self.position // self.sampler.block_frames
+
+    def _begin(self) -> tuple[BlockOutput, bool]:
+        """Gives the device the work of a block and does not wait for it; what comes out, and whether it is the first.
+
+        Copies to the host are asked for at once: they then run beside whatever the device does next.
+        """
+        if self.num_blocks is not None and self._block >= self.num_blocks:
             raise StopIteration
-        texts, embeds = self._prompt_for(block)
-        pipe, first = self.pipe, self.position == 0
-        if embeds is not None:
-            if first:  # nothing to recache: the state is made anew with the text that was set before the start
-                self._state = _init(self.decoder, pipe.params, embeds, self._state.keys)
-            else:
-                self._state = _switch(self.decoder, pipe.params, self._state, embeds)
-            self.applied.append((self.position / LATENTS_PER_SECOND, texts))
-        self._state, out = _step(self.decoder, pipe.params, self._state)
+        first = self.position == 0
+        with sharding.using(self.pipe.mesh):
+            self._change_prompt(first)
+            out = self._make(first)
+        jax.tree.map(lambda a: a.copy_to_host_async(), out)
         self.position += self.sampler.block_frames
-        self.latents = np.asarray(out.latents)
-        return drop_filler(np.asarray(out.frames), first)
+        return out, first
+
+    def _change_prompt(self, first: bool) -> None:
+        """Another prompt for the block to come, if there is one."""
+        texts, embeds = self._prompt_for(self._block)
+        if embeds is None:
+            return
+        if first:  # nothing to recache: the state is made anew with the text that was set before the start
+            self._state = _init(self.decoder, self.pipe.params, embeds, self._state.keys)
+        else:
+            how = how_to_recache(self.sampler, self.decoder.window, self.position)
+            self._state = _switch(self.decoder, self.pipe.params, self._state, embeds, how)
+        self.applied.append((self.position / LATENTS_PER_SECOND, texts))
+
+    def _make(self, first: bool) -> BlockOutput:
+        params = self.pipe.params
+        if not self.pipe.program.early_frames:
+            self._state, out = _step(self.decoder, params, self._state)
+            return out
+        state, latents = _denoise(self.decoder, params, self._state)
+        frames, vae = _pixels(self.decoder, params, latents, state.vae, first)
+        self._state = _finish(self.decoder, params, state.replace(vae=vae))
+        return BlockOutput(latents, frames)
+
+    def _fetch(self, begun: tuple[BlockOutput, bool]) -> np.ndarray:
+        """The frames of a block, once they are there."""
+        out, first = begun
+        frames, self.latents = np.asarray(out.frames), np.asarray(out.latents)
+        return drop_filler(frames, first)
 
     def scan(self) -> tuple[np.ndarray, np.ndarray]:
         """All blocks by one compiled scan: frames [B, T, H, W, 3] and latents [B, F, h, w, C]."""
@@ -332,7 +433,8 @@ class VideoStream:
             raise UserError("a scan makes a whole video of known length from the start; iterate instead")
         inputs = BlockInputs.plan(self.num_blocks, self.plans[0].switch_blocks)
         embeds = sharding.shard_batch(self._embeds, self.pipe.mesh, axis=1)
-        self._state, out = _scan(self.decoder, self.pipe.params, self._state, inputs, embeds)
+        with sharding.using(self.pipe.mesh):
+            self._state, out = _scan(self.decoder, self.pipe.params, self._state, inputs, embeds)
         self.position = self.plans[0].num_frames
         frames, latents = (np.concatenate(np.asarray(a), axis=1) for a in (out.frames, out.latents))
         return drop_filler(frames, True), latents

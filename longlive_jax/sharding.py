@@ -6,11 +6,16 @@ hidden widths). The compiler places the activations from these; a mesh changes w
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Num
 
 from longlive_jax.errors import UserError
 
@@ -43,6 +48,75 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1
         raise UserError(f"mesh {shape} needs {needed} devices, there are {len(devices)}; make an axis smaller")
     # Auto axes: the compiler chooses. jax.make_mesh would give Explicit ones by default.
     return jax.make_mesh(sizes, AXES, devices=devices[:needed], axis_types=(AxisType.Auto,) * len(AXES))
+
+
+# MARK: inside a program
+#
+# A program traced under `using(mesh)` knows the mesh. Most need not: the compiler places everything. But it cannot cut
+# kernels, and does not find the all-to-all between tokens cut up and heads cut up by itself.
+
+_taken: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("taken", default=())
+
+
+def using(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Programs traced inside know the mesh; None for no mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+@contextlib.contextmanager
+def taken(*axes: str) -> Iterator[None]:
+    """Inside, these axes cut up what a `jax.vmap` with `spmd_axis_name` is over, and nothing else."""
+    token = _taken.set(axes)
+    try:
+        yield
+    finally:
+        _taken.reset(token)
+
+
+def platform() -> str:
+    """What the program being traced is for: "cpu", "gpu" or "tpu". That of the mesh in force, which may be of devices
+    that exist for the compiler only; else of the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def heads_spec(mesh: jax.sharding.AbstractMesh, batch: int, heads: int) -> PartitionSpec:
+    """Axes of `[batch, token, head, channel]` in a kernel: every device has all tokens of its videos and heads.
+
+    Axes that do not divide what they would cut leave it whole.
+    """
+
+    def over(axes, n):
+        axes = tuple(a for a in axes if a in mesh.axis_names and a not in (*mesh.manual_axes, *_taken.get()))
+        return axes if n % math.prod(mesh.shape[a] for a in axes) == 0 else None
+
+    return PartitionSpec(over(("data", "fsdp"), batch), None, over(("context", "tensor"), heads))
+
+
+def by_token(x: Num[Array, "b t n ..."]) -> Num[Array, "b t n ..."]:
+    """Tokens over the axis `context`, if the mesh in force has one that divides them: all but attention works so."""
+    size = _context()
+    free = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    return x if size == 1 or x.shape[2] % size else _constrain(x, [*free[:2], "context", *free[3:]])
+
+
+def by_head(x: Num[Array, "... h d"]) -> Num[Array, "... h d"]:
+    """Heads over the axis `context` likewise, all tokens on every device: for attention and its cache (Ulysses)."""
+    size = _context()
+    free = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    return x if size == 1 or x.shape[-2] % size else _constrain(x, [*free[:-4], free[0], None, "context", None])
+
+
+def _context() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape["context"] if "context" in mesh.axis_names else 1
+
+
+def _constrain(x, axes):
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+# MARK: placement
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from longlive_jax.errors import UserError, collect, raise_all
+from longlive_jax.errors import UserError, collect, listed, raise_all
 from longlive_jax.json_files import read_json
 
 DTYPES = {
@@ -133,7 +133,7 @@ def read_index(path: Path) -> tuple[dict[str, str], list[str]]:
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if not is_plain(name)]
     if outside:
-        raise UserError(f"{path} names {', '.join(outside)}; shards stand beside their index, by plain names")
+        raise UserError(f"{path} names {listed(outside)}; shards stand beside their index, by plain names")
     return weight_map, names
 
 
@@ -168,8 +168,9 @@ class SafetensorsPart:
                 files.append(SafetensorsFile(path.parent / name))
         part = cls(files)
         if not faults:
-            lost = [name for name in weight_map if name not in part.shapes]
-            faults += [f"{index} names {', '.join(lost)}, which no shard holds"] if lost else []
+            for name in names:
+                lost = [tensor for tensor, file in weight_map.items() if file == name and tensor not in part.shapes]
+                faults += [f"{path.parent / name} lacks {listed(lost)}, which {index.name} names there"] if lost else []
         raise_all(faults)
         return part
 

@@ -49,6 +49,13 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:os.fork:RuntimeWarning")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs():
+    """Forgets a module's compiled programs at its end: kept for all modules they come to 5 GB a worker."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
     """32 x 32 pixels, latents of 4 x 4, 4 tokens a frame; blocks of 2 frames, window 6, sink 2."""

@@ -1,9 +1,11 @@
-"""Finding a checkpoint: folders, shipped names, and hub ids from a cache on the disk. Nothing goes to the network."""
+"""Finding a checkpoint: folders, shipped names, and hub ids from a cache on the disk. Nothing leaves this machine."""
 
 import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,34 @@ def test_a_hub_id_that_is_not_in_the_cache_and_no_network(tmp_path):
 def test_an_id_that_the_hub_cannot_have(tmp_path):
     answer = find_offline("owner/-none", tmp_path)
     assert answer.startswith("refused: cannot get checkpoint 'owner/-none'") and len(answer.splitlines()) == 1
+
+
+def test_the_token_is_sent_to_the_hub(tmp_path):
+    """HF_TOKEN goes with the requests for the model, and a refusal is a line; the hub is a server of this test."""
+    seen = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers.get("authorization")))
+            self.send_error(403)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_secret"}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+        own = inherited | variables | {"HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", FIND, "owner/private"]
+        done = subprocess.run(command, env=own, capture_output=True, text=True, check=True)
+        server.shutdown()
+    assert done.stdout.startswith("refused: cannot get checkpoint 'owner/private' from the hub: ")
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert "hf_secret" not in done.stdout
+    assert {token for path, token in seen if "owner/private" in path} == {"Bearer hf_secret"}
 
 
 # MARK: files of other people

@@ -32,7 +32,7 @@ SHORT = [(0, STAR), (2, DISC)]
 class QuickDecoder(Decoder):
     """Shows the latents' first three channels instead of decoding them: no VAE to compile."""
 
-    def _pixels(self, params, latents, cache, first):
+    def pixels(self, params, latents, cache, first):
         pictures = jnp.repeat(jnp.repeat(jnp.repeat(latents[..., :3], 4, axis=1), 8, axis=2), 8, axis=3)
         return (jnp.clip(pictures, -1, 1) * 127 + 128).astype(jnp.uint8), cache
 

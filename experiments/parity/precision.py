@@ -3,7 +3,8 @@
     python experiments/parity/precision.py --output runs/precision
 
 Three models: `micro`, random weights, 240 s of video; `sprites`, the shipped weights, 240 s; `t2v_1_3b`, random weights
-at the full size, 12 blocks of 64 x 64 pixels (12 GB of memory; leave it out with --models micro sprites). For each:
+at the full size, 12 blocks of --pixels, 32 x 32 by default (12 GB of memory; leave it out with --models micro sprites;
+on a GPU give --pixels 480 832). For each:
 
 - by layer: each transformer block on the input it has in float32 (`alone`), and the whole network up to it (`through`),
   as the root mean square of the difference over that of float32;
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -50,12 +52,40 @@ from longlive_jax.sidecar import versions
 from longlive_jax.tokenizer import PromptTokenizer
 
 REFERENCE = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """How numbers are held.
+
+    Attributes:
+      weights, activations: their dtypes.
+      network: makes of a transformer one that computes otherwise; as it is by default.
+      convert: makes of the transformer's parameters those of that one.
+    """
+
+    weights: str
+    activations: str
+    network: Callable[[WanTransformer], WanTransformer] = lambda net: net
+    convert: Callable[[checkpoint.Params], checkpoint.Params] = lambda params: params
+
+    def transformer(self, cfg: TransformerConfig) -> nnx.GraphDef:
+        return structure(lambda: self.network(WanTransformer(cfg, rngs=nnx.Rngs(0))))
+
+
 PRECISIONS = {
-    "float32": ("float32", "float32"),
-    "bfloat16": ("bfloat16", "bfloat16"),
-    "bfloat16 weights": ("bfloat16", "float32"),
+    "float32": Precision("float32", "float32"),
+    "bfloat16": Precision("bfloat16", "bfloat16"),
+    "bfloat16 weights": Precision("bfloat16", "float32"),
 }
-"""Dtype of the weights and of the activations. The second is how the pipeline runs on an accelerator."""
+"""The second is how the pipeline runs on an accelerator."""
+
+try:
+    from longlive_jax.models.quantization import quantize_params, with_int8
+except ImportError:  # this version of the package has no int8
+    pass
+else:
+    PRECISIONS["int8"] = Precision("bfloat16", "bfloat16", with_int8, quantize_params)
 
 SEED = 0
 LARGEST_PSNR = 99.0  # of equal frames, whose PSNR is infinite
@@ -81,9 +111,11 @@ class Model:
     prompt_embeds: np.ndarray
 
 
-def random_model(transformer: TransformerConfig, vae: VAEConfig, size: int, blocks: int, prompts: int) -> Model:
+def random_model(
+    transformer: TransformerConfig, vae: VAEConfig, pixels: tuple[int, int], blocks: int, prompts: int
+) -> Model:
     """Random weights and prompts, each prompt's embeddings zero over its last quarter as padding is."""
-    config = ModelConfig(transformer, vae, None, SamplerConfig(height=size, width=size, rope="absolute"))
+    config = ModelConfig(transformer, vae, None, SamplerConfig(height=pixels[0], width=pixels[1], rope="absolute"))
     embeds = np.random.default_rng(SEED).standard_normal((prompts, 1, transformer.text_length, transformer.text_dim))
     embeds[:, :, -(transformer.text_length // 4) :] = 0
     return Model(
@@ -128,16 +160,16 @@ def sprites(blocks: int) -> Model:
 
 
 MICRO = TransformerConfig(dim=128, ffn_dim=320, num_layers=6, num_heads=2, text_dim=48, text_length=16)
-MODELS: dict[str, Callable[[bool], Model]] = {
-    "micro": lambda smoke: random_model(MICRO, VAEConfig(base_width=8), 32, 8 if smoke else 320, 4),
-    "sprites": lambda smoke: sprites(8 if smoke else 320),
-    "t2v_1_3b": lambda smoke: (
-        random_model(dataclasses.replace(MICRO, num_layers=9), VAEConfig(base_width=8), 64, 4, 2)
+MODELS: dict[str, Callable[[bool, tuple[int, int]], Model]] = {
+    "micro": lambda smoke, pixels: random_model(MICRO, VAEConfig(base_width=8), (32, 32), 8 if smoke else 320, 4),
+    "sprites": lambda smoke, pixels: sprites(8 if smoke else 320),
+    "t2v_1_3b": lambda smoke, pixels: (
+        random_model(dataclasses.replace(MICRO, num_layers=9), VAEConfig(base_width=8), pixels, 4, 2)
         if smoke
-        else random_model(TransformerConfig.t2v_1_3b(), VAEConfig.wan(), 64, 12, 2)
+        else random_model(TransformerConfig.t2v_1_3b(), VAEConfig.wan(), pixels, 12, 2)
     ),
 }
-"""Makes each model; a smoke test wants a short one, and no full size."""
+"""Makes each model, the full size for frames of some height and width; a smoke test wants a short and small one."""
 
 
 # MARK: one part: a model in a precision
@@ -171,10 +203,10 @@ def block_outputs(net: WanTransformer, x, timesteps, text, given=None):
     return run_layers(net.blocks, layer, tokens, (net.text_kv(text), given))[1]
 
 
-def by_layer(model: Model, params: checkpoint.Params, dtype: str, given=None) -> dict[str, np.ndarray]:
+def by_layer(model: Model, params: checkpoint.Params, precision: Precision, given=None) -> dict[str, np.ndarray]:
     """`before` and `through`: tokens before and after each block. With `given`, `alone`: after each on that input."""
-    sampler = model.config.sampler
-    graph = structure(lambda: WanTransformer(model.config.transformer, rngs=nnx.Rngs(0)))
+    sampler, dtype = model.config.sampler, precision.activations
+    graph = precision.transformer(model.config.transformer)
     frames, cells = sampler.window, (sampler.height // 8, sampler.width // 8, model.config.transformer.in_channels)
     x = np.random.default_rng(SEED + 1).standard_normal((1, frames, *cells), np.float32)
     timesteps = jnp.full((1, frames), float(few_step_list(sampler)[1]))
@@ -187,15 +219,12 @@ def by_layer(model: Model, params: checkpoint.Params, dtype: str, given=None) ->
     return {name: np.asarray(a, np.float32) for name, a in results.items()}
 
 
-def rollout(model: Model, params: dict[str, checkpoint.Params], dtype: str) -> dict[str, np.ndarray]:
+def rollout(model: Model, params: dict[str, checkpoint.Params], precision: Precision) -> dict[str, np.ndarray]:
     """`latents` [F, h, w, C] and `frames` uint8 [T, H, W, 3] of the scanned decoder."""
     sampler, cfg, parts = model.config.sampler, model.config, len(model.prompt_embeds)
     window = Window.of(sampler, model.blocks * sampler.block_frames)
-    graphs = (
-        structure(lambda: WanTransformer(cfg.transformer, rngs=nnx.Rngs(0))),
-        structure(lambda: VAE(cfg.vae, rngs=nnx.Rngs(0))),
-    )
-    decoder = Decoder(*graphs, sampler, window, dtype=dtype)
+    graphs = precision.transformer(cfg.transformer), structure(lambda: VAE(cfg.vae, rngs=nnx.Rngs(0)))
+    decoder = Decoder(*graphs, sampler, window, dtype=precision.activations)
     inputs = BlockInputs.plan(model.blocks, [i * model.blocks // parts for i in range(1, parts)])
     prompts = jnp.asarray(model.prompt_embeds)
     state = jax.jit(Decoder.init, static_argnums=0)(decoder, params, prompts[0], jax.random.key(SEED)[None])
@@ -204,25 +233,27 @@ def rollout(model: Model, params: dict[str, checkpoint.Params], dtype: str) -> d
     return {"latents": rearrange(np.asarray(out.latents), "n 1 f h w c -> (n f) h w c"), "frames": frames}
 
 
-def run_part(name: str, precision: str, smoke: bool, folder: Path) -> dict[str, np.ndarray]:
+def run_part(name: str, precision: str, smoke: bool, pixels: tuple[int, int], folder: Path) -> dict[str, np.ndarray]:
     """The results of one model in one precision: read if they are there, else computed and kept."""
     path = folder / f"{name}-{precision.replace(' ', '-')}.npz"
-    model = MODELS[name](smoke)
-    settings = json.dumps({"config": to_dict(model.config), "blocks": model.blocks, "precision": PRECISIONS[precision]})
+    model = MODELS[name](smoke, pixels)
+    how = PRECISIONS[precision]
+    kept = {"config": to_dict(model.config), "blocks": model.blocks, "precision": (how.weights, how.activations)}
+    settings = json.dumps(kept)
     if path.exists():
         with np.load(path) as file:
             found = {key: file[key] for key in file.files}
         if str(found.pop("settings")) != settings:
             raise UserError(f"{path} was made with other settings; choose another --output or remove it")
         return found
-    given = run_part(name, REFERENCE, smoke, folder)["before"] if precision != REFERENCE else None
+    given = run_part(name, REFERENCE, smoke, pixels, folder)["before"] if precision != REFERENCE else None
     print(f"{name} in {precision} ...", flush=True)
     started = time.monotonic()
-    weights, activations = PRECISIONS[precision]
-    params = {part: model.params(part, weights) for part in ("transformer", "vae")}
+    params = {part: model.params(part, how.weights) for part in ("transformer", "vae")}
+    params["transformer"] = how.convert(params["transformer"])
     with jax.default_matmul_precision("highest"):  # on a GPU, float32 would else be TF32
-        results = by_layer(model, params["transformer"], activations, given)
-        results |= rollout(model, params, activations)
+        results = by_layer(model, params["transformer"], how, given)
+        results |= rollout(model, params, how)
     results["seconds"] = np.asarray(time.monotonic() - started)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{path.name}.{os.getpid()}.npz"
@@ -318,16 +349,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument("--pixels", nargs=2, type=int, default=(32, 32), help="height and width of the full size")
     parser.add_argument("--smoke", action="store_true", help="a few blocks and no full size: a minute or two")
     args = parser.parse_args()
     report: dict[str, dict[str, dict[str, Any]]] = {}
     for name in args.models:
-        reference = run_part(name, REFERENCE, args.smoke, args.output / "parts")
+        run = functools.partial(
+            run_part, name, smoke=args.smoke, pixels=tuple(args.pixels), folder=args.output / "parts"
+        )
+        reference = run(precision=REFERENCE)
         report[name] = {}
-        for precision in PRECISIONS:
-            if precision != REFERENCE:
-                results = run_part(name, precision, args.smoke, args.output / "parts")
-                report[name][precision] = figures(results, reference)
+        for precision in args.precisions:
+            if precision == REFERENCE:
+                continue
+            results = run(precision=precision)
+            if np.array_equal(results["latents"], reference["latents"]):
+                print(f"{name} in {precision} is {REFERENCE} bit for bit, as its weights are stored so: left out")
+                continue
+            report[name][precision] = figures(results, reference)
         # After each model, so that a later one that fails takes nothing with it.
         whole = {"models": report, "versions": versions(), "backend": jax.default_backend(), "smoke": args.smoke}
         (args.output / "precision.json").write_text(json.dumps(whole, indent=1) + "\n")

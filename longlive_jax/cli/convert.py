@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from longlive_jax.conversion.progress import Progress, Stage
 from longlive_jax.errors import UserError
 
 
@@ -43,7 +50,8 @@ class Convert:
 
     def run(self) -> int:
         self.check()
-        report = self.convert() if self.wan else self.export()
+        with ConsoleProgress(Console(stderr=True)) as progress:
+            report = self.convert(progress) if self.wan else self.export(progress)
         for warning in report.get("warnings", ()):
             print(f"warning: {warning}", file=sys.stderr)
         print(f"{self.output}: {report['summary']}")
@@ -66,7 +74,7 @@ class Convert:
         if self.checkpoint and given:
             raise UserError(f"{', '.join(given)} only goes with --wan; convert with it first, then back without")
 
-    def convert(self) -> dict[str, Any]:
+    def convert(self, progress: Progress) -> dict[str, Any]:
         from longlive_jax.conversion.convert import convert_wan
 
         return convert_wan(
@@ -79,13 +87,55 @@ class Convert:
             dtype=self.dtype or "bfloat16",
             verify=self.verify,
             overwrite=self.overwrite,
+            progress=progress,
         )
 
-    def export(self) -> dict[str, Any]:
+    def export(self, progress: Progress) -> dict[str, Any]:
         from longlive_jax import hub
         from longlive_jax.conversion.export import export
 
-        return export(hub.find(self.checkpoint), self.output, self.to, dtype=self.dtype, overwrite=self.overwrite)
+        folder = hub.find(self.checkpoint)
+        return export(folder, self.output, self.to, dtype=self.dtype, overwrite=self.overwrite, progress=progress)
+
+
+class ConsoleProgress(Progress):
+    """On a terminal a bar over all stages, with the time left; elsewhere, such as in a log, a line a stage.
+
+    Used as a context: the bar is gone at its end.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bar = Bar(
+            TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+            console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+
+    def __enter__(self) -> ConsoleProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def plan(self, stages: Sequence[Stage]) -> None:
+        self.stages = {stage.name: stage for stage in stages}
+        self.items, self.nbytes = dict.fromkeys(self.stages, 0), dict.fromkeys(self.stages, 0)
+        self.task = self.bar.add_task("", total=sum(stage.nbytes for stage in stages))
+        self.started = time.monotonic()
+
+    def advance(self, stage: str, nbytes: int, items: int = 1) -> None:
+        self.items[stage] += items
+        self.nbytes[stage] += nbytes
+        planned, items, nbytes_done = self.stages[stage], self.items[stage], self.nbytes[stage]
+        size = f"{nbytes_done / 1e9:.2f} of {planned.nbytes / 1e9:.2f} GB"
+        text = f"{stage}: {items} of {planned.items} {planned.unit}, {size}"
+        self.bar.update(self.task, description=text, completed=sum(self.nbytes.values()))
+        if items == planned.items and not self.console.is_terminal:
+            text = f"{stage}: {items} {planned.unit}, {size.partition(' of ')[2]}"
+            now = time.monotonic()
+            self.console.print(f"{text}, {now - self.started:.0f} s", markup=False, highlight=False, soft_wrap=True)
+            self.started = now
 
 
 def parse_lora(text: str) -> tuple[str, float]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from longlive_jax.compilation import keep_compiled_programs
 from longlive_jax.config import FPS, SamplerConfig
 from longlive_jax.errors import UserError
 from longlive_jax.official import OfficialRun, read_official
@@ -84,7 +83,7 @@ class Generate:
             require_free(sidecar_path(target), self.overwrite)
         console = Console(stderr=True)
         say = functools.partial(console.print, markup=False, emoji=False, highlight=False, soft_wrap=True)
-        use_compilation_cache()
+        keep_compiled_programs()
         # Imported here: `longlive --help` and bad input must not wait for jax.
         from longlive_jax.pipeline import LongLivePipeline
 
@@ -173,7 +172,7 @@ class Generate:
         )  # fmt: skip
         with bar, VideoWriter(target, scale=self.scale or "auto", overwrite=self.overwrite) as writer:
             task = bar.add_task(target.name, total=total, rate="compiling")
-            for frames in stream:
+            for frames in stream.ahead():
                 writer.write(frames[0])
                 marks.append((time.monotonic() - started, writer.frames_written))
                 bar.update(task, completed=writer.frames_written, rate=_rate(marks))
@@ -205,10 +204,3 @@ def measured(marks: list[tuple[float, int]]) -> dict[str, float]:
         "seconds": round(end, 3),
         "frames_per_second": round(rate, 2),
     }
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, where the user's cache folder is, unless jax was told otherwise."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and sys.platform != "win32":
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "longlive_jax" / "compiled")

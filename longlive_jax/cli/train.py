@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from longlive_jax.compilation import keep_compiled_programs
 from longlive_jax.errors import UserError
 from longlive_jax.training.stage_config import (
     InitTrainConfig,
@@ -49,9 +50,7 @@ class StageRun:
     resume: bool = False
 
     def run(self) -> int:
-        from longlive_jax.cli.generate import use_compilation_cache
-
-        use_compilation_cache()
+        keep_compiled_programs()
         # Imported here: `--help` and bad input must not wait for jax.
         try:
             from longlive_jax.training.stages import stage_of

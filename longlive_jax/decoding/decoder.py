@@ -2,7 +2,7 @@
 
 `Decoder` holds what is fixed for a video (networks' structure, settings) and is hashable; parameters and state are
 arguments. So `jax.jit(Decoder.step, static_argnums=0)` compiles once for all videos of one shape. The block-by-block
-path and the scan give the same numbers.
+path and the scan give the same numbers; so do `denoise`, `pixels` and `finish` one after the other.
 """
 
 from __future__ import annotations
@@ -83,12 +83,47 @@ class Decoder:
           state: donate it.
           noise: see `BlockInputs`.
         """
-        model = self._transformer(params)
-        passes, steps = Passes.of(self.sampler), len(self.sampler.steps)
-        if noise is None:
-            shape = (*self.latent_size, model.cfg.in_channels)
-            noise = block_noise(state.keys, state.position, self.block, steps, shape)
-        batch = noise.shape[1]
+        noise, steps = self._noise(state, noise), len(self.sampler.steps)
+        latents, cache = self._passes(params, state, noise[0], noise[1:], 0, steps + 1)
+        frames, vae = None, None
+        if self.vae is not None:
+            frames, vae = self.pixels(params, latents, state.vae, state.position == 0)
+        state = self._remember(state.replace(cache=cache, vae=vae), latents)
+        return self._count(state), BlockOutput(latents=latents, frames=frames)
+
+    def denoise(self, params: Params, state: DecodeState, noise=None) -> tuple[DecodeState, Float[Array, "..."]]:
+        """`step` without its last two parts, `pixels` and `finish`: frames can leave before the clean pass runs.
+
+        Returns:
+          A state that is good for `finish` only, and the block's latents.
+        """
+        noise = self._noise(state, noise)
+        latents, cache = self._passes(params, state, noise[0], noise[1:], 0, len(self.sampler.steps))
+        return self._remember(state.replace(cache=cache), latents), latents
+
+    def finish(self, params: Params, state: DecodeState) -> DecodeState:
+        """The clean pass over the block that `denoise` made: its keys and values, for the blocks to come."""
+        latents, steps = state.recent[:, -self.block :], len(self.sampler.steps)
+        _, cache = self._passes(params, state, latents, jnp.zeros((0, *latents.shape)), steps, steps + 1)
+        return self._count(state.replace(cache=cache))
+
+    def _noise(self, state: DecodeState, noise):
+        if noise is not None:
+            return noise
+        shape = (*self.latent_size, state.recent.shape[-1])
+        return block_noise(state.keys, state.position, self.block, len(self.sampler.steps), shape)
+
+    def _passes(self, params: Params, state: DecodeState, x, fresh, start: int, stop: int):
+        """The passes `start` to `stop` of a block, the clean one being the last of all, in one loop.
+
+        Args:
+          x: what the first of them gets.
+          fresh: the noise that each pass adds, `[pass, ...]`; nothing is added after those that it has none for.
+
+        Returns:
+          The latents and the cache. The clean pass hands on what it got.
+        """
+        model, passes, batch = self._transformer(params), Passes.of(self.sampler), x.shape[0]
 
         def one_pass(carry, xs):
             x, cache = carry
@@ -102,27 +137,26 @@ class Decoder:
                 return (x + (next_sigma - sigma) * flow, cache), None
             return (add_noise(to_x0(x, flow, sigma), fresh, next_sigma), cache), None
 
-        # The noise that follows a pass; after the last step and the clean pass its factor is 0.
-        fresh = jnp.concatenate([noise[1:], jnp.zeros((2, *noise.shape[1:]))])
-        xs = (*(jnp.asarray(a) for a in (passes.timestep, passes.sigma, passes.next_sigma)), fresh)
-        (latents, cache), _ = jax.lax.scan(one_pass, (noise[0], state.cache), xs, unroll=self.unroll)
+        # After the last step and the clean pass the noise has no weight.
+        fresh = jnp.concatenate([fresh, jnp.zeros((stop - start - len(fresh), *x.shape))])
+        tables = (jnp.asarray(a[start:stop]) for a in (passes.timestep, passes.sigma, passes.next_sigma))
+        (x, cache), _ = jax.lax.scan(one_pass, (x, state.cache), (*tables, fresh), unroll=self.unroll)
+        return x, cache
 
-        frames, vae = None, None
-        if self.vae is not None:
-            frames, vae = self._pixels(params, latents, state.vae, state.position == 0)
-        recent = jnp.concatenate([state.recent, latents], axis=1)[:, self.block :]
-        state = state.replace(
-            cache=cache.replace(count=cache.count + self.block),
-            recent=recent,
-            position=state.position + self.block,
-            vae=vae,
-        )
-        return state, BlockOutput(latents=latents, frames=frames)
+    def _remember(self, state: DecodeState, latents) -> DecodeState:
+        return state.replace(recent=jnp.concatenate([state.recent, latents], axis=1)[:, self.block :])
 
-    def switch(self, params: Params, state: DecodeState, prompt_embeds: Num[Array, "b l e"]) -> DecodeState:
-        """Changes the prompt before the next block, by the sampler's policy (see `switch.py`)."""
+    def _count(self, state: DecodeState) -> DecodeState:
+        """The block's frames are in the cache and in the video."""
+        cache = state.cache.replace(count=state.cache.count + self.block)
+        return state.replace(cache=cache, position=state.position + self.block)
+
+    def switch(
+        self, params: Params, state: DecodeState, prompt_embeds: Num[Array, "b l e"], how: int | None = None
+    ) -> DecodeState:
+        """Changes the prompt before the next block, by the sampler's policy (see `switch.py`, also for `how`)."""
         model = self._transformer(params)
-        return switch_prompt(model, self.sampler, self.window, state, prompt_embeds.astype(self.dtype))
+        return switch_prompt(model, self.sampler, self.window, state, prompt_embeds.astype(self.dtype), how)
 
     def scan(
         self, params: Params, state: DecodeState, inputs: BlockInputs, prompt_embeds: Num[Array, "p b l e"]
@@ -154,8 +188,19 @@ class Decoder:
     def _transformer(self, params: Params) -> WanTransformer:
         return nnx.merge(self.transformer, params["transformer"])
 
-    def _pixels(self, params: Params, latents, cache, first):
-        """Decodes a block to uint8; both branches give one shape, see `FILLER`."""
+    def pixels(self, params: Params, latents: Float[Array, "b f h w c"], cache, first):
+        """Decodes a block to uint8.
+
+        Args:
+          params: see `Params`.
+          latents: of the block.
+          cache: the state's `vae`. Donated, the old one would be copied: a convolution needs it beside the new.
+          first: whether this is a video's first block. A bool compiles for that alone: nothing to decide on the device,
+            and on a GPU no wait of the host for what it decides.
+
+        Returns:
+          Frames, of one shape for all blocks (see `FILLER`), and the new cache.
+        """
         vae = nnx.merge(self.vae, params["vae"])
         z = latents.astype(self.dtype)
 
@@ -163,7 +208,11 @@ class Decoder:
             x, cache = vae.decode(z, first=True)
             return jnp.pad(x, [(0, 0), (FILLER, 0), (0, 0), (0, 0), (0, 0)]), cache
 
-        x, cache = jax.lax.cond(first, start, lambda cache: vae.decode(z, cache, first=False), cache)
+        later = lambda cache: vae.decode(z, cache, first=False)
+        if isinstance(first, bool):
+            x, cache = (start if first else later)(cache)
+        else:
+            x, cache = jax.lax.cond(first, start, later, cache)
         return to_uint8(x), cache
 
     def _vae_cache(self, params: Params, batch: int):

@@ -20,14 +20,29 @@ from longlive_jax.decoding.state import DecodeState
 from longlive_jax.models.transformer import TextKV, WanTransformer
 
 
+def how_to_recache(sampler: SamplerConfig, window: Window, position: int | Int[Array, ""]) -> Int[Array, ""] | int:
+    """What a recache after `position` latent frames does: 0 nothing, 1 `rebuild`, 2 `recache_window`."""
+    outgrown = position > window.slots
+    if sampler.sink == "refresh" or window.ring == 0:
+        outgrown = 0 * outgrown
+    return (position > 0) * (1 + outgrown)
+
+
 def switch_prompt(
     model: WanTransformer,
     sampler: SamplerConfig,
     window: Window,
     state: DecodeState,
     prompt_embeds: Num[Array, "b l e"],
+    how: int | None = None,
 ) -> DecodeState:
-    """The state as the next block should find it; at the start of a video only the text changes."""
+    """The state as the next block should find it; at the start of a video only the text changes.
+
+    Args:
+      how: of `how_to_recache`, from whoever knows the position on the host. Else the program holds all three and the
+        device chooses, at the price of a second cache: a conditional's branches share no buffer that one of them
+        writes and another hands on.
+    """
     text_kv = model.text_kv(prompt_embeds)
     cache = state.cache
     if sampler.switch == "clear":
@@ -38,11 +53,12 @@ def switch_prompt(
             lambda cache: rebuild(model, window, state, cache, text_kv, sampler.context_noise),
             lambda cache: recache_window(model, window, state, cache, text_kv, sampler.context_noise),
         ]
-        outgrown = state.position > window.slots
-        if sampler.sink == "refresh" or window.ring == 0:
-            branches, outgrown = branches[:2], 0
-        which = jnp.where(state.position == 0, 0, 1 + outgrown)
-        cache = jax.lax.switch(which, branches, cache)
+        if how is not None:
+            cache = branches[how](cache)
+        else:
+            if sampler.sink == "refresh" or window.ring == 0:
+                branches = branches[:2]
+            cache = jax.lax.switch(how_to_recache(sampler, window, state.position), branches, cache)
     return state.replace(text_kv=text_kv, cache=cache)
 
 

@@ -24,6 +24,7 @@ from longlive_jax.config import TransformerConfig
 from longlive_jax.models import rope
 from longlive_jax.models.attention import attention
 from longlive_jax.models.layers import LayerNorm, Linear, RMSNorm, layer_norm, run_layers, stack_layers
+from longlive_jax.sharding import by_head, by_token
 
 TextKV = tuple[Any, Any] | list[tuple[Any, Any]]
 """Keys and values of a prompt for every layer: `[layer, B, L, H, d]` each, or a list of one pair a layer."""
@@ -123,8 +124,9 @@ class Block(nnx.Module):
         y = (layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(x.dtype)
         y, extra = attend(self.self_attn.queries(y), *self.self_attn.keys_values(y))
         x = gated(x, self.self_attn.out(y), gate1)
-        q = rearrange(self.cross_attn.queries(self.cross_norm(x)), "b t n h d -> b (t n) h d")
-        x = x + self.cross_attn.out(attention(q, *text_kv)).reshape(x.shape)
+        q = by_head(self.cross_attn.queries(self.cross_norm(x)))
+        y = attention(rearrange(q, "b t n h d -> b (t n) h d"), *text_kv)
+        x = x + self.cross_attn.out(by_token(y.reshape(q.shape)))
         y = (layer_norm(x, self.eps) * (1 + scale2) + shift2).astype(x.dtype)
         return gated(x, self.ffn(y), gate2), extra
 
@@ -153,10 +155,12 @@ class WanTransformer(nnx.Module):
     Args:
       cfg: sizes.
       stacked: one block with a leading layer axis on its parameters (scanned), or a list of blocks (unrolled).
+      split_kv: of the self-attention of a block to the cache, see `attention`.
     """
 
-    def __init__(self, cfg: TransformerConfig, *, stacked: bool = True, rngs: nnx.Rngs):
+    def __init__(self, cfg: TransformerConfig, *, stacked: bool = True, split_kv: int = 1, rngs: nnx.Rngs):
         self.cfg = cfg
+        self.split_kv = split_kv
         self.patch_embedding = Linear(int(np.prod(cfg.patch)) * cfg.in_channels, cfg.dim, rngs=rngs)
         self.text_embedding = MLP(cfg.text_dim, cfg.dim, cfg.dim, gelu_tanh, rngs=rngs)
         self.time_embedding = MLP(cfg.time_dim, cfg.dim, cfg.dim, nnx.silu, rngs=rngs)
@@ -177,7 +181,7 @@ class WanTransformer(nnx.Module):
         missing = self.cfg.text_length - prompt_embeds.shape[1]
         text = self.text_embedding(jnp.pad(prompt_embeds, [(0, 0), (0, missing), (0, 0)]))
         _, kv = run_layers(self.blocks, lambda block, c, _: (c, block.cross_attn.keys_values(text)), None, None)
-        return kv
+        return jax.tree.map(by_head, kv)
 
     def bidirectional(
         self,
@@ -207,8 +211,8 @@ class WanTransformer(nnx.Module):
 
         def attend(q, k, v):
             q, k = rope.rotate(q, turn), rope.rotate(k, turn)
-            q, k, v = (rearrange(a, "b t n h d -> b (t n) h d") for a in (q, k, v))
-            return attention(q, k, v, mask=mask).reshape(b, t, n, *q.shape[2:]), None
+            q, k, v = (rearrange(by_head(a), "b t n h d -> b (t n) h d") for a in (q, k, v))
+            return by_token(attention(q, k, v, mask=mask).reshape(b, t, n, *q.shape[2:])), None
 
         def layer(block, carry, kv):
             return block(carry, e6, kv, attend)
@@ -275,6 +279,7 @@ class WanTransformer(nnx.Module):
         else:
             tokens, buffers = run_layers(self.blocks, unrolled, tokens, list(zip(text_kv, cache.k, cache.v)))
             keys, values = zip(*buffers)
+        keys, values = jax.tree.map(by_head, (keys, values))
         return self._unpatchify(self.head(tokens, e), x), cache.replace(k=keys, v=values)
 
     def causal_reading(
@@ -320,6 +325,8 @@ class WanTransformer(nnx.Module):
         """
         b, t, rows, columns = self._grid(x)
         n, after = rows * columns, count + new
+        # A recache has queries enough to fill a GPU by itself.
+        split_kv = self.split_kv if t == window.block else 1
         turn = lambda positions: rope.rotation(positions, rows, columns, self.cfg.head_dim, self.cfg.rope_theta)
         if window.relative:
             slot_positions = window.positions(after)
@@ -329,12 +336,12 @@ class WanTransformer(nnx.Module):
             turn_queries = turn(position + jnp.arange(t) if jnp.ndim(position) == 0 else position)
 
         def attend(remember, q, k, v):
-            q = rope.rotate(q, turn_queries)
-            k, v, extra = remember(k if window.relative else rope.rotate(k, turn_queries), v)
+            q = by_head(rope.rotate(q, turn_queries))
+            k, v, extra = remember(by_head(k if window.relative else rope.rotate(k, turn_queries)), by_head(v))
             k = rope.rotate(k, turn_keys) if window.relative else k
             q, k, v = (rearrange(a, "b t n h d -> b (t n) h d").astype(x.dtype) for a in (q, k, v))
-            y = attention(q, k, v, key_length=window.length(after) * n)
-            return y.reshape(b, t, n, *q.shape[2:]), extra
+            y = attention(q, k, v, key_length=window.length(after) * n, split_kv=split_kv)
+            return by_token(y.reshape(b, t, n, *q.shape[2:])), extra
 
         return attend
 
@@ -352,7 +359,7 @@ class WanTransformer(nnx.Module):
         patches = rearrange(x, "b t (h p) (w q) c -> b t (h w) (c p q)", p=p, q=q)
         e = self.time_embedding(time_embedding(timesteps, self.cfg.time_dim))
         e6 = self.time_projection(nnx.silu(e))
-        return self.patch_embedding(patches), e, rearrange(e6, "b t (s D) -> b t s D", s=6)
+        return by_token(self.patch_embedding(patches)), e, rearrange(e6, "b t (s D) -> b t s D", s=6)
 
     def _unpatchify(self, tokens, like) -> Num[Array, "b t h w c"]:
         _, p, q = self.cfg.patch

@@ -7,15 +7,19 @@ existing. `split` tells what is trained from what is not, `merge` gives plain we
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Num
 
+from longlive_jax import checkpoint
 from longlive_jax.models.layers import Linear
 from longlive_jax.models.transformer import WanTransformer
+from longlive_jax.tensor_files import write_safetensors
 
 LORA = ("lora_a", "lora_b")
 """Names of the adapter's two parameters; whatever has another name is frozen."""
@@ -102,6 +106,19 @@ def merge(params: Any, scale: float) -> dict[str, Any]:
         a, b = (whole[name].astype(jnp.float32) for name in LORA)
         merged["kernel"] = (kernel.astype(jnp.float32) + scale * (a @ b)).astype(kernel.dtype)
     return merged
+
+
+def keep(trained: dict[str, Any], scale: float, folder: Path, *_) -> None:
+    """Writes adapters into the checkpoint folder that has them merged, as `checkpoint.LORA` says.
+
+    Args:
+      trained: the adapters, as `split` gives them.
+      scale: alpha / rank; it goes into B.
+      folder: the checkpoint's.
+    """
+    scaled = lambda path, leaf: leaf * scale if path[-1].key == LORA[1] else leaf
+    tensors = checkpoint.lazy_tensors(jax.tree_util.tree_map_with_path(scaled, trained), np.float32)
+    write_safetensors(folder / checkpoint.LORA, tensors)
 
 
 def _select(params: dict[str, Any], wanted) -> dict[str, Any]:

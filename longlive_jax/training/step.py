@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from longlive_jax import checkpoint
-from longlive_jax.sharding import param_spec
+from longlive_jax.sharding import param_spec, taken, using
 from longlive_jax.training.learner import TrainState
 from longlive_jax.training.stage_config import OptimizerConfig
 
@@ -75,7 +75,13 @@ def make_step(turns: Sequence[Turn], teaching: Mapping[str, Teaching], mesh: Mes
             state = jax.lax.with_sharding_constraint(state, shardings(state, mesh))
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    jitted = jax.jit(step, donate_argnums=0)
+
+    def run(*args):
+        with using(mesh):
+            return jitted(*args)
+
+    return run
 
 
 def gradient(loss: Callable, params: Any, nets: Any, carry: Any, batch: Any, key: jax.Array, mesh: Mesh | None = None):
@@ -92,7 +98,10 @@ def gradient(loss: Callable, params: Any, nets: Any, carry: Any, batch: Any, key
             new, carry = one(*jax.tree.map(lambda a: a[0], xs))
             carry = jax.tree.map(lambda a: a[None], carry)
         else:
-            new, carry = jax.vmap(one)(*xs)
+            # Said by name for kernels, which the compiler cannot cut: each device runs them for its own stream.
+            axes = () if mesh is None else ("data", "fsdp")
+            with taken(*axes):
+                new, carry = jax.vmap(one, spmd_axis_name=axes or None)(*xs)
             if mesh is not None:
                 # Each device has the gradient of its own stream, in float32, before anything is summed.
                 new = jax.lax.with_sharding_constraint(new, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))

@@ -1,9 +1,12 @@
 """From a Wan folder to a checkpoint: what is written, what is refused, and that nothing is left of a refusal."""
 
 import dataclasses
+import io
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +16,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from longlive_jax import checkpoint
+from longlive_jax.cli import main
+from longlive_jax.cli.convert import ConsoleProgress
 from longlive_jax.config import SamplerConfig, TextEncoderConfig
 from longlive_jax.conversion import convert, tables
 from longlive_jax.conversion.convert import convert_wan
+from longlive_jax.conversion.export import export
+from longlive_jax.conversion.progress import Progress
 from longlive_jax.errors import UserError
 from longlive_jax.tokenizer import PromptTokenizer, train_unigram
 
@@ -195,6 +203,27 @@ def test_user_loras_of_three_kinds(wan, tmp_path, states, lora):
     assert "--lora-alpha is for LoRAs that do not say their alpha" in message(
         wan, tmp_path / "two", loras=only, lora_alpha=1.0
     )
+
+
+def test_a_lora_with_whole_differences(wan, tmp_path, states, lora):
+    diffs = {
+        "diffusion_model.blocks.1.ffn.2.diff_b": torch.randn(32),
+        "diffusion_model.blocks.0.self_attn.norm_k.diff": torch.randn(32),
+        "diffusion_model.blocks.0.modulation.diff": torch.randn(1, 6, 32),
+    }
+    save_file({**lora, **diffs}, tmp_path / "lora.safetensors")
+    loras = [(tmp_path / "lora.safetensors", 0.5)]
+    report = convert_wan(wan, tmp_path / "out", loras=loras, dtype="float32", verify=True)
+    assert report["loras"][0]["weights"] == 5
+    assert all(kind["worst"] < 1e-5 for kind in report["layers"].values())
+    blocks = checkpoint.load(tmp_path / "out", "transformer")["blocks"]
+    for name, ours in (
+        ("blocks.1.ffn.2.bias", blocks["ffn"]["down"]["bias"][1]),
+        ("blocks.0.self_attn.norm_k.weight", blocks["self_attn"]["norm_k"]["weight"][0]),
+        ("blocks.0.modulation", blocks["modulation"][None, 0]),
+    ):
+        diff = next(t for key, t in diffs.items() if name.startswith(key.split(".", 1)[1].rpartition(".")[0]))
+        np.testing.assert_allclose(ours, states["transformer"][name] + 0.5 * diff, atol=1e-6)
 
 
 def test_lora_that_matches_nothing(wan, tmp_path, lora):
@@ -380,6 +409,97 @@ def test_verify_without_torch(wan, tmp_path, states, monkeypatch):
     assert (report["verified"], report["layers"]) == (True, None)
     assert "only checksums were compared" in report["warnings"][-1]
     assert report["summary"].endswith("verified")
+
+
+KILLED = """
+import os, signal, sys
+from longlive_jax.conversion.convert import convert_wan
+from longlive_jax.conversion.progress import Progress
+class Killer(Progress):
+    def advance(self, stage, nbytes, items=1):
+        if stage == "writing vae":
+            os.kill(os.getpid(), signal.SIGKILL)
+convert_wan(sys.argv[1], sys.argv[2], overwrite=True, progress=Killer())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_a_conversion_that_is_killed(wan, tmp_path):
+    """Not even then is there a part of a checkpoint by its name, and an earlier one stays."""
+    convert_wan(wan, tmp_path / "earlier", dtype="float32")
+    before = checkpoint.checkpoint_hash(tmp_path / "earlier")
+    for name in ("new", "earlier"):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(wan), str(tmp_path / name)], capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "new").exists()
+    assert checkpoint.checkpoint_hash(tmp_path / "earlier") == before
+    left = [path.name for path in tmp_path.iterdir() if path.name not in ("wan", "earlier")]
+    assert sorted(name.split(".")[1] for name in left) == ["earlier", "new"]
+    assert all(name.endswith(".tmp") for name in left)
+
+
+# MARK: progress
+
+
+class Told(Progress):
+    """Notes what it is told, and that no stage does more than was planned."""
+
+    def plan(self, stages):
+        self.stages = {stage.name: stage for stage in stages}
+        self.left = {stage.name: [stage.items, stage.nbytes] for stage in stages}
+        self.order = []
+
+    def advance(self, stage, nbytes, items=1):
+        self.left[stage] = [self.left[stage][0] - items, self.left[stage][1] - nbytes]
+        self.order += [stage] if stage not in self.order else []
+        assert min(self.left[stage]) >= 0
+
+
+def test_progress_comes_out_even(wan, tmp_path):
+    """Every stage is told, in order, and ends with all of its tensors and bytes done."""
+    told = Told()
+    report = convert_wan(wan, tmp_path / "out", verify=True, progress=told)
+    parts = ["writing transformer", "writing vae", "writing text encoder"]
+    assert told.order == list(told.stages) == ["hashing sources", *parts, "reading back", "comparing layers"]
+    assert set(map(tuple, told.left.values())) == {(0, 0)}
+    assert told.stages["writing vae"].nbytes == report["parts"]["vae"]["bytes"]
+    export(tmp_path / "out", tmp_path / "torch", "torch", progress=told)
+    assert told.order == list(told.stages)
+    assert told.order[:2] == ["writing transformer", "writing longlive_base.pt"]
+    assert set(map(tuple, told.left.values())) == {(0, 0)}
+    export(tmp_path / "out", tmp_path / "diffusers", "diffusers", progress=told)
+    assert told.order == list(told.stages) == parts
+    assert set(map(tuple, told.left.values())) == {(0, 0)}
+
+
+def test_progress_in_a_log(wan, tmp_path, capsys):
+    """No terminal: a line a stage, and standard output has the summary alone."""
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "--wan", str(wan), "--output", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 0
+    assert len(out.splitlines()) == 1
+    lines = [line for line in err.splitlines() if not line.startswith("warning")]
+    assert [line.split(":")[0] for line in lines] == [
+        "hashing sources", "writing transformer", "writing vae", "writing text encoder",
+    ]  # fmt: skip
+    assert all(re.fullmatch(r".+: \d+ (files|tensors), \d+\.\d\d GB, \d+ s", line) for line in lines), lines
+    assert "\x1b" not in err
+
+
+def test_progress_on_a_terminal(wan, tmp_path):
+    """One line that is written over, with tensors, bytes and the time left."""
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=150)
+    with ConsoleProgress(console) as progress:
+        convert_wan(wan, tmp_path / "out", progress=progress)
+        progress.bar.refresh()
+        assert progress.bar.tasks[0].finished
+    text = terminal.getvalue()
+    assert "writing text encoder: " in text
+    assert " tensors, 0.00 of 0.00 GB" in text
+    assert "100%" in text
+    assert "0:00:00" in text
 
 
 MEMORY = """

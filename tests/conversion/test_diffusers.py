@@ -113,6 +113,35 @@ def test_the_transformer_computes_the_same(folder, models, tmp_path):
     np.testing.assert_allclose(flow, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["one file", "shards", ".pt"])
+def test_a_generator_with_diffusers_names(wan, states, configs, tmp_path, form):
+    """As diffusers saves one; over a Wan folder it gives what the same DiT with the original names gives."""
+    rows = {row.torch: row.ours for row in DIFFUSERS["transformer"](configs["transformer"]).rows}
+    original = {row.ours: row.torch for row in WAN["transformer"](configs["transformer"]).rows}
+    tensors = {theirs: states["transformer"][original[ours]] + 1 for theirs, ours in rows.items()}
+    path = tmp_path / ("dit.pt" if form == ".pt" else "dit.safetensors")
+    if form == ".pt":
+        torch.save({"model": {f"module.{name}": tensor for name, tensor in tensors.items()}}, path)
+    elif form == "one file":
+        save_file(tensors, path)
+    else:
+        shards = {name: f"dit-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+        for shard in set(shards.values()):
+            save_file({name: tensors[name] for name in tensors if shards[name] == shard}, tmp_path / shard)
+        path.with_name("dit.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    save_file({name: tensor + 1 for name, tensor in states["transformer"].items()}, tmp_path / "same.safetensors")
+    report = convert_wan(wan, tmp_path / "out", generator=path, verify=True)
+    assert report["hash"] == convert_wan(wan, tmp_path / "same", generator=tmp_path / "same.safetensors")["hash"]
+
+
+def test_a_generator_with_names_of_both(wan, states, tmp_path):
+    mixed = {**states["transformer"], "proj_out.bias": torch.ones(64), "blocks.1.attn1.to_q.bias": torch.ones(32)}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    text = message(wan, tmp_path / "out", generator=tmp_path / "mixed.safetensors")
+    assert "has diffusers' names (blocks.1.attn1.to_q.bias, proj_out.bias) beside original ones (" in text
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("part", "cfg"),
     [

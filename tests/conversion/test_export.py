@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from longlive_jax import checkpoint
@@ -20,6 +20,7 @@ from longlive_jax.conversion.lora import lora_faults, open_lora
 from longlive_jax.conversion.lora_file import write_lora
 from longlive_jax.errors import UserError
 from longlive_jax.tokenizer import train_unigram
+from longlive_jax.training import lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FILES = {"vae": "Wan2.1_VAE.pth", "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth"}
@@ -276,10 +277,36 @@ def test_stacked_lora_is_the_same_file(factors, configs, tmp_path, dtype):
         )
         for name in ("self_attn.q", "ffn.down")
     }
-    for name, lora in (("one", factors), ("two", stacked)):
-        write_lora(tmp_path / f"{name}.pt", {"generator_lora": lora}, configs["transformer"], dtype=dtype)
+    for name, pairs in (("one", factors), ("two", stacked)):
+        write_lora(tmp_path / f"{name}.pt", {"generator_lora": pairs}, configs["transformer"], dtype=dtype)
     one, two = (torch.load(tmp_path / f"{name}.pt")["generator_lora"] for name in ("one", "two"))
     assert_equal(one, two, DTYPES[dtype])
+
+
+def test_a_checkpoint_trained_as_a_lora(factors, ours, states, configs, tmp_path, capsys):
+    """Its LoRA comes out as `generator_lora`, the scale in it, beside the merged generator."""
+    trained: dict = {}
+    for name, (a, b) in factors.items():
+        node = trained
+        for key in name.removesuffix(".kernel").split("."):
+            node = node.setdefault(key, {})
+        node |= {"lora_a": a, "lora_b": b}
+    lora.keep(trained, 0.5, ours)
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "--checkpoint", str(ours), "--to", "torch", "--output", str(tmp_path / "out")])
+    assert ended.value.code == 0
+    assert "warning: longlive_base.pt has the LoRA merged" in capsys.readouterr().err
+    saved = torch.load(tmp_path / "out/lora.pt")
+    assert list(saved) == ["generator_lora"]
+    a, b = factors["blocks.1.ffn.down.kernel"]
+    module = "base_model.model.blocks.1.ffn.2"
+    np.testing.assert_array_equal(saved["generator_lora"][f"{module}.lora_A.weight"], a.T)
+    np.testing.assert_array_equal(saved["generator_lora"][f"{module}.lora_B.weight"], 0.5 * b.T)
+    weights = {name: tuple(tensor.shape) for name, tensor in states["transformer"].items()}
+    assert lora_faults(open_lora(tmp_path / "out/lora.pt"), weights) == []
+    assert not any("LoRA" in text for text in export(ours, tmp_path / "diffusers", "diffusers")["warnings"])
+    save_file({"blocks.0.ffn.up.lora_a": torch.ones(2, 2)}, ours / checkpoint.LORA)
+    assert "has blocks.0.ffn.up.lora_a, which are no pairs" in message(ours, tmp_path / "two", "torch")
 
 
 def test_lora_faults_at_once(factors, configs, tmp_path):

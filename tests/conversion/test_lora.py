@@ -153,6 +153,61 @@ def test_alpha_in_pefts_config(lora, tmp_path):
     assert "made with use_rslora, which is not supported" in open_lora(path).faults[0]
 
 
+# MARK: whole differences
+
+DIFFS = {
+    "diffusion_model.blocks.0.self_attn.norm_q.diff": "blocks.0.self_attn.norm_q.weight",
+    "diffusion_model.blocks.1.ffn.0.diff_b": "blocks.1.ffn.0.bias",
+    "transformer.blocks.1.norm2.diff_b": "blocks.1.norm3.bias",
+    "lora_unet_blocks_0_cross_attn_o.diff_b": "blocks.0.cross_attn.o.bias",
+    "diffusion_model.blocks.0.self_attn.q.diff": Q,
+    "diffusion_model.patch_embedding.diff": "patch_embedding.weight",
+    "diffusion_model.head.modulation.diff": "head.modulation",
+}
+
+
+def with_diffs(lora, weights) -> dict[str, torch.Tensor]:
+    """A LoRA that also has a whole difference of each kind of parameter."""
+    generator = torch.Generator().manual_seed(3)
+    diffs = {name: torch.randn(weights[original], generator=generator) for name, original in DIFFS.items()}
+    return {**lora, **diffs}
+
+
+def test_whole_differences(lora, states, weights, tmp_path):
+    """They are added with the scale, whatever alpha is, to weights, norms and biases; one may have a pair besides."""
+    tensors = with_diffs(lora, weights)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    found = open_lora(tmp_path / "lora.safetensors", scale=0.5, alpha=16)
+    assert found.faults + lora_faults(found, weights) == []
+    assert set(found.diffs) == set(DIFFS.values())
+    a, b = (lora[f"base_model.model.blocks.0.self_attn.q.lora_{side}.weight"] for side in "AB")
+    for name, original in DIFFS.items():
+        before = states["transformer"][original]
+        expected = before + 0.5 * tensors[name] + (2 * (b @ a) if original == Q else 0)
+        np.testing.assert_allclose(merge(original, before.numpy(), [found]), expected, atol=1e-5)
+    other = states["transformer"]["head.head.bias"].numpy()
+    assert merge("head.head.bias", other, [found]) is other
+    save_file({name: tensors[name] for name in DIFFS}, tmp_path / "alone.safetensors")
+    alone = open_lora(tmp_path / "alone.safetensors")
+    assert (alone.faults + lora_faults(alone, weights), alone.ranks) == ([], [])
+
+
+def test_faults_of_whole_differences(weights, tmp_path):
+    norm, same = "blocks.0.self_attn.norm_q.diff", "lora_unet_blocks_0_self_attn_norm_q.diff"
+    both = {norm: torch.ones(32), same: torch.ones(32)}
+    assert f"{norm} and {same}, which are the same tensor" in faults(both, weights, tmp_path)
+    tensors = {
+        norm: torch.ones(31),
+        "blocks.1.self_attn.norm_q.diff": torch.ones(31),
+        "head.head.diff_b": torch.ones(64),
+    }
+    text = faults(tensors, weights, tmp_path)
+    assert "a difference [31] does not fit blocks.0-1.self_attn.norm_q.weight [32]" in text
+    text = faults({**both, "img_emb.proj.0.diff": torch.ones(3)} | {same: torch.ones(1)}, weights, tmp_path)
+    assert "changes img_emb.proj.0.weight, which the transformer does not have" in text
+    assert "matches nothing" in faults({"img_emb.proj.0.diff": torch.ones(3)}, weights, tmp_path)
+
+
 # MARK: faults
 
 
@@ -190,8 +245,8 @@ def test_all_faults_at_once(lora, weights, tmp_path):
         scale=float("nan"),
     )
     for part in (
-        "half a pair for blocks.1.ffn.2.weight (only base_model.model.blocks.1.ffn.2.lora_A.weight)",
-        "blocks.0.self_attn.v.weight (only blocks.0.self_attn.v.alpha)",
+        "half a pair for blocks.1.ffn.2.weight, blocks.0.self_attn.v.weight "
+        "(only base_model.model.blocks.1.ffn.2.lora_A.weight, blocks.0.self_attn.v.alpha)",
         "has blocks.0.self_attn.q.dora_scale, blocks.0.self_attn.k.alpha, which are no LoRA matrices",
         "lora_B.weight and lora_unet_blocks_0_self_attn_q.lora_up.weight, which are the same tensor",
         f"times A [4, 31] does not fit {Q}",

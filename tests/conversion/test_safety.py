@@ -21,6 +21,7 @@ from longlive_jax.conversion.convert import convert_wan
 from longlive_jax.conversion.lora import open_lora
 from longlive_jax.conversion.readers import open_weights
 from longlive_jax.errors import UserError
+from longlive_jax.json_files import parse_json
 from longlive_jax.tokenizer import PromptTokenizer, train_unigram
 
 
@@ -194,6 +195,50 @@ def test_cases_that_claim_petabytes(tmp_path, little_memory, size):
     assert "x.npz is damaged" in message(parity.read_case, tmp_path / "x.npz")
 
 
+def bomb(path: Path, name: str, head: bytes, size: int) -> None:
+    """A zip archive with a member of `size` zeros after `head`, deflated to a thousandth."""
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file, file.open(name, "w") as member:
+        member.write(head)
+        for _ in range(size // 10**7):
+            member.write(bytes(10**7))
+
+
+def test_cases_that_inflate(tmp_path, little_memory):
+    """400 MB of zeros in 0.4 MB, as they are, and with a size in the archive that is too small."""
+    path, size = tmp_path / "x.npz", 4 * 10**8
+    np.savez_compressed(path, meta=json.dumps({"kind": "text"}))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|i1", "fortran_order": False, "shape": (size,)})
+    bomb(path, "ids.npy", header.getvalue(), size)
+    assert path.stat().st_size < 10**6
+    assert f"{path} claims 0.4 GB in a file of 0.3" in message(parity.read_case, path)
+    full = (size + len(header.getvalue())).to_bytes(4, "little")
+    path.write_bytes(path.read_bytes().replace(full, (4000).to_bytes(4, "little")))
+    assert "x.npz is damaged" in message(parity.read_case, path)
+    np.savez_compressed(path, meta=json.dumps({"kind": "text"}), ids=np.zeros(10**7, np.int8))
+    assert parity.read_case(path).arrays["ids"].shape == (10**7,)
+
+
+def test_weights_that_inflate(tmp_path, little_memory):
+    """PyTorch's archives are not compressed: neither the pickle nor a tensor may be, whether it is small or huge."""
+    torch.save({"w": torch.arange(1000.0)}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as file:
+        members = {info.filename: file.read(info) for info in file.infolist()}
+    for name in members:
+        path = tmp_path / f"{name.replace('/', '-')}.pt"
+        with zipfile.ZipFile(path, "w") as file:
+            for other, data in members.items():
+                file.writestr(other, data, zipfile.ZIP_DEFLATED if other == name else zipfile.ZIP_STORED)
+        assert f"{path} holds {name} compressed" in message(open_weights, path)
+    pickled = next(name for name in members if name.endswith("data.pkl"))
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w") as file:
+        for name in members.keys() - {pickled}:
+            file.writestr(name, members[name])
+    bomb(path, pickled, members[pickled], 4 * 10**8)
+    assert f"{path} holds {pickled} compressed" in message(open_weights, path)
+
+
 DEEP = "[" * 100_000, '{"a":' * 100_000, '{"num_heads": 2, "x": ' + "[" * 500 + "]" * 500 + "}"
 
 
@@ -231,6 +276,16 @@ def test_settings_that_are_huge_or_nested(wan, tmp_path, little_memory):
         if before is not None:
             path.write_bytes(before)
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_with_half_a_character(wan, tmp_path):
+    """JSON can say half of a pair by an escape; it is refused where it is read, not where it would be written again."""
+    for path, (function, *args) in settings_files(wan, tmp_path).items():
+        if path.suffix == ".json" and path.name != "tokenizer.json":  # which its own library refuses
+            path.write_text('{"num_heads": 2, "x": ["\\ud800"]}')
+            assert f"{path} has half a character" in message(function, *args)
+            path.write_text("{}")
+    assert parse_json('{"x": "\\ud83d\\ude00"}', "here") == {"x": "\U0001f600"}
 
 
 def test_a_large_vocabulary_of_nothing(wan, tmp_path):

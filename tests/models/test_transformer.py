@@ -11,6 +11,7 @@ from tiny import TRANSFORMER, by_layer, shaken, structure
 
 from longlive_jax.cache import KVCache, Window
 from longlive_jax.config import ModelConfig
+from longlive_jax.errors import UserError
 from longlive_jax.models import rope
 from longlive_jax.models.attention import attention
 from longlive_jax.models.transformer import WanTransformer, time_embedding
@@ -83,10 +84,40 @@ def test_key_length_equals_cutting_the_keys():
     )
 
 
-def test_attention_that_cannot_run_fails_loudly():
+def test_attention_that_cannot_run_fails_loudly(monkeypatch):
     q = jnp.ones((1, 4, 2, 8))
     with pytest.raises(Exception, match="(?i)cudnn|dtype|gpu|cuda"):
         jax.block_until_ready(attention(q, q, q, implementation="cudnn"))
+    half, odd = q.astype(jnp.bfloat16), jnp.ones((1, 4, 2, 12), jnp.bfloat16)
+    monkeypatch.setattr("longlive_jax.sharding.platform", lambda: "gpu")
+    with pytest.raises(RuntimeError, match="(?i)cudnn"):  # of jax: it is the choice for a GPU, and this is none
+        attention(half, half, half)
+    with pytest.raises(UserError, match="heads 12 wide do not fit cuDNN"):
+        attention(odd, odd, odd)
+    assert attention(odd, odd, odd, implementation="xla").shape == odd.shape
+    assert attention(q, q, q).shape == q.shape, "float32 is for comparisons"
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+@pytest.mark.parametrize("length", [None, 1, 3, 6, 7, 12])
+def test_keys_in_parts_equal_keys_at_once(parts, length):
+    q, k, v = 3 * jax.random.normal(jax.random.key(0), (3, 2, 12, 2, 8))
+    length = None if length is None else jnp.asarray(length)
+    at_once = attention(q[:, :5], k, v, key_length=length)
+    np.testing.assert_allclose(attention(q[:, :5], k, v, key_length=length, split_kv=parts), at_once, atol=1e-5)
+    with pytest.raises(UserError, match="split_kv is 5, which does not divide 12 keys"):
+        attention(q, k, v, split_kv=5)
+
+
+def test_queries_in_chunks_equal_queries_at_once(monkeypatch):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 12, 2, 8))
+    mask = jnp.tril(jnp.ones((12, 12), bool))
+    ways = [dict(), dict(key_length=jnp.asarray(5)), dict(mask=mask)]
+    at_once = [attention(q, k, v, **way) for way in ways]
+    monkeypatch.setattr("longlive_jax.models.attention.LOGITS_LIMIT", 4 * 2 * 2 * 12 * 3)
+    assert "while" in jax.jit(attention).lower(q, k, v).as_text(), "three queries at a time"
+    for way, expected in zip(ways, at_once):
+        np.testing.assert_allclose(attention(q, k, v, **way), expected, atol=1e-6)
 
 
 def test_padding_of_the_prompt_is_attended():

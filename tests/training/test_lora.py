@@ -7,6 +7,8 @@ import pytest
 from flax import nnx
 from tiny import TRANSFORMER, shaken
 
+from longlive_jax import checkpoint
+from longlive_jax.conversion.lora_file import read_factors
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.training import lora
 
@@ -59,3 +61,16 @@ def test_ten_layers_a_block_and_nothing_else(adapted):
     assert all("blocks" in name for name in names)
     jax.tree.map(np.testing.assert_array_equal, lora.join(*lora.parts(parts)), adapted[1])
     assert lora.parts(adapted[1]) == (adapted[1], {})
+
+
+def test_the_file_beside_merged_weights(adapted, tmp_path):
+    """Its pairs, added as they are, are what was merged: the scale is in them."""
+    parts = lora.split(shaken(adapted[1]))
+    lora.keep(parts.trained, ALPHA / RANK, tmp_path)
+    factors = read_factors(tmp_path)
+    assert len(factors) == 10 * TRANSFORMER.num_layers
+    tensors = lambda params: {t.name: t.make() for t in checkpoint.lazy_tensors(params)}
+    before, merged = tensors(lora.merge(parts, 0.0)), tensors(lora.merge(parts, ALPHA / RANK))
+    for name, (a, b) in factors.items():
+        assert a.shape[1] == b.shape[0] == RANK
+        np.testing.assert_allclose(before[name] + a @ b, merged[name], atol=1e-5)

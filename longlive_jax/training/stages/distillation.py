@@ -350,7 +350,11 @@ class DistillStage(ModelStage):
         for target, config, name in ((folder, self.model, "generator"), (folder.parent / "critic", critic, "critic")):
             params = {"transformer": self._merged(name, best, frozen), **shared}
             note = {**provenance, "network": name}
-            checkpoint.save(target, config, params, self._tokenizer, note, dtype=np.float32, overwrite=True)
+            trained, rank = best[name]["transformer"], self.config.lora_rank
+            keep = functools.partial(lora.keep, trained, self.config.lora_alpha / rank) if rank else None
+            checkpoint.save(
+                target, config, params, self._tokenizer, note, dtype=np.float32, overwrite=True, finish=keep
+            )
 
 
 class InitStage(DistillStage):
