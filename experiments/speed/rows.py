@@ -357,10 +357,12 @@ def stock_video(context: Context, lora: bool = True) -> None:
     size = context.size
     blocks = 6 if size.blocks < 10 else 20
     with context.official(lora=lora, decode=True) as official:
-        official.video(2)
-        ms = official.video(blocks)
+        official.run(2, to_host=True)
+        ms = official.run(blocks, to_host=True)
         context.emit(attention=official.attention, blocks=blocks, ms_per_block=ms / blocks, fps=12e3 * blocks / ms)
-        context.emit(first_frame=spent(timing.Times.of(official.video(1) for _ in range(3))), memory=torch_memory())
+        context.emit(
+            first_frame=spent(timing.Times.of(official.run(1, to_host=True) for _ in range(3))), memory=torch_memory()
+        )
 
 
 def stock_recache(context: Context) -> None:

@@ -116,7 +116,8 @@ def vae_decodes(cfg: VAEConfig, sampler: SamplerConfig, dtype: str) -> dict[str,
             vae = AutoencoderKLWan(
                 base_dim=cfg.base_width, z_dim=cfg.z_channels, dim_mult=list(cfg.multipliers),
                 num_res_blocks=cfg.res_blocks, temperal_downsample=list(cfg.temporal),
-            ).to(kind)  # fmt: skip
+            )  # fmt: skip
+            vae = vae if kind == torch.float32 else vae.to(kind)
             size = sampler.height // SPATIAL_FACTOR, sampler.width // SPATIAL_FACTOR
             latents = torch.randn(1, cfg.z_channels, sampler.block_frames, *size, dtype=kind)
         set_layout(vae, channels_last)
