@@ -199,7 +199,7 @@ class LongLivePipeline:
             that is stored in int8 is loaded as such in any case.
           quantize_text_encoder: with `quantize`, the text encoder's blocks too.
           int8_matmul: "weight_only" (int8 weights, products in `dtype`), "w8a8" (activations in int8 too, for hardware
-            with int8 units) or "auto" (w8a8 on accelerators).
+            with int8 units) or "auto" (w8a8 on such hardware).
           note: gets one-line messages; standard error by default.
 
         Raises:

@@ -209,11 +209,11 @@ def generate(tmp_path, monkeypatch, capsys):
 
 def test_the_command(generate, tiny_checkpoint, folder):
     """One block of the tiny model; every video but the first two is made by programs that are compiled by then."""
-    short = (STAR, "--seconds", 0.5, "--scale", 1)
+    short, weight_only = (STAR, "--seconds", 0.5, "--scale", 1), ("--int8-matmul", "weight_only")
     options = {
         "float": ("--checkpoint", tiny_checkpoint),
-        "load": ("--checkpoint", tiny_checkpoint, "--quantize", "int8", "--quantize-text-encoder"),
-        "stored": ("--checkpoint", folder),
+        "load": ("--checkpoint", tiny_checkpoint, "--quantize", "int8", "--quantize-text-encoder", *weight_only),
+        "stored": ("--checkpoint", folder, *weight_only),
         "again": ("--from", "load.json"),
     }
     videos, settings = {}, {}

@@ -57,7 +57,7 @@ class Generate:
       dtype: float32 or bfloat16.
       quantize: int8 for the weights of the transformer's blocks; half the memory, slightly other videos.
       quantize_text_encoder: with --quantize, the text encoder's blocks too.
-      int8_matmul: weight_only, w8a8 (activations in int8 too) or auto, which is w8a8 on accelerators.
+      int8_matmul: weight_only, w8a8 (activations in int8 too) or auto, w8a8 on hardware with int8 units.
       sampler: settings of the sampler; the checkpoint's own by default.
     """
 

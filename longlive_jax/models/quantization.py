@@ -11,6 +11,7 @@ is one layer.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ INT8 = "int8"
 
 SCALE = "scale"
 """What a quantised layer calls its scales; float32 whatever the dtype of the rest."""
+
+CPU_FLAGS = Path("/proc/cpuinfo")
 
 LARGEST = 127
 """-128 is not used, so that the range is symmetric and no zero point is needed."""
@@ -85,7 +88,7 @@ MATMULS = {"weight_only": weight_only, "w8a8": w8a8}
 
 
 def resolve_matmul(name: str) -> str:
-    """`auto` is w8a8 on accelerators, which have int8 units, and weight_only on a CPU.
+    """`auto` is w8a8 where the hardware has int8 units, else weight_only.
 
     Raises:
       UserError: there is no such name.
@@ -93,8 +96,19 @@ def resolve_matmul(name: str) -> str:
     if name not in ("auto", *MATMULS):
         raise UserError(f"int8_matmul is '{name}'; auto, weight_only and w8a8 are known")
     if name == "auto":
-        return "weight_only" if jax.default_backend() == "cpu" else "w8a8"
+        return "w8a8" if _has_int8_units() else "weight_only"
     return name
+
+
+def _has_int8_units() -> bool:
+    """Accelerators have; a CPU says so, on Linux. With them w8a8 took a quarter of float32's time, see docs/int8.md."""
+    if jax.default_backend() != "cpu":
+        return True
+    try:
+        flags = CPU_FLAGS.read_text()
+    except OSError:
+        return False
+    return "vnni" in flags or "amx_int8" in flags
 
 
 class Int8Linear(nnx.Module):

@@ -209,10 +209,23 @@ def test_the_text_encoder(tiny_config):
 # Which way
 
 
-def test_auto(monkeypatch):
-    assert quantization.resolve_matmul("auto") == "weight_only"
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert quantization.resolve_matmul("auto") == "w8a8"
+@pytest.mark.parametrize(
+    ("backend", "flags", "expected"),
+    [
+        ("cpu", "flags : avx2 fma", "weight_only"),
+        ("cpu", "flags : avx2 avx_vnni", "w8a8"),
+        ("cpu", "flags : avx512f amx_tile amx_int8", "w8a8"),
+        ("cpu", None, "weight_only"),
+        ("gpu", None, "w8a8"),
+        ("tpu", None, "w8a8"),
+    ],
+)
+def test_auto(monkeypatch, tmp_path, backend, flags, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(quantization, "CPU_FLAGS", tmp_path / "cpuinfo")
+    if flags:
+        (tmp_path / "cpuinfo").write_text(flags)
+    assert quantization.resolve_matmul("auto") == expected
     assert quantization.resolve_matmul("weight_only") == "weight_only"
 
 
