@@ -167,9 +167,7 @@ class LongLivePipeline:
         self.params = sharding.shard_params(parts, mesh)
         self.quantization = quantization or {}
         self.int8_matmul = _decide_matmul(int8_matmul, self.quantization)
-        make = lambda: WanTransformer(
-            config.transformer, stacked=stacked, split_kv=program.split_kv, rngs=nnx.Rngs(0)
-        )
+        make = lambda: WanTransformer(config.transformer, stacked=stacked, split_kv=program.split_kv, rngs=nnx.Rngs(0))
         quantized = "transformer" in self.quantization
         self._transformer = structure((lambda: with_int8(make(), self.int8_matmul)) if quantized else make)
         self._vae = structure(lambda: VAE(config.vae, impl=program.vae_conv, rngs=nnx.Rngs(0)))
