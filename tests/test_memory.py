@@ -97,12 +97,14 @@ def test_too_little_memory_for_the_weights(tiny_checkpoint, tiny_config, monkeyp
     monkeypatch.setattr(checkpoint, "load", lambda *args: read.append(args))
     monkeypatch.setattr(memory, "available", lambda mesh: 2048)
     with pytest.raises(
-        UserError, match="but only 2.0 KiB are free; use bfloat16, or run where there is more$"
+        UserError, match="but only 2.0 KiB are free; use bfloat16 or quantize int8, or run where there is more$"
     ) as caught:
         LongLivePipeline.from_pretrained(tiny_checkpoint)
     assert str(caught.value).startswith(f"the weights need {memory.describe(memory.weights(tiny_config, 'float32'))}")
-    with pytest.raises(UserError, match="are free; run where there is more$"):
+    with pytest.raises(UserError, match="are free; use quantize int8, or run where there is more$"):
         LongLivePipeline.from_pretrained(tiny_checkpoint, dtype="bfloat16")
+    with pytest.raises(UserError, match="are free; run where there is more$"):
+        LongLivePipeline.from_pretrained(tiny_checkpoint, dtype="bfloat16", quantize="int8")
     assert not read
 
 
