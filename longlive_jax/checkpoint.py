@@ -109,8 +109,10 @@ def compare_shapes(where: str, expected: dict[str, tuple[int, ...]], found: dict
 
 
 def unstack(params: Params) -> Params:
-    """Stacked layers as a dict of layers, for modules made with `stacked=False`."""
+    """Stacked layers as a dict of layers, for modules made with `stacked=False`. A dict of layers stays one."""
     blocks = params[STACKED]
+    if 0 in blocks:
+        return params
     count = jax.tree.leaves(blocks)[0].shape[0]
     return {**params, STACKED: {i: jax.tree.map(lambda leaf: leaf[i], blocks) for i in range(count)}}  # noqa: B023
 
@@ -128,7 +130,10 @@ def load_config(folder: str | os.PathLike) -> ModelConfig:
 
 def load_provenance(folder: str | os.PathLike) -> dict[str, Any]:
     """Where the weights come from, as given to `save`."""
-    return _read_config(folder).get("provenance") or {}
+    provenance = _read_config(folder).get("provenance") or {}
+    if not isinstance(provenance, dict):
+        raise UserError(f"{Path(folder) / 'config.json'}: its provenance is no table; copy the checkpoint again")
+    return provenance
 
 
 def _read_config(folder: str | os.PathLike) -> dict[str, Any]:

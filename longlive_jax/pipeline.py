@@ -205,7 +205,7 @@ class LongLivePipeline:
         *,
         seconds: float | None = None,
         seed: int | Sequence[int] = 0,
-        decode: str = "scan",
+        decode: str | None = None,
         **settings,
     ) -> Video:
         """Makes whole videos.
@@ -214,12 +214,14 @@ class LongLivePipeline:
           prompts: see `Prompts`. Videos of one call must switch prompts at the same times.
           seconds: length of those that do not say their own; 5 by default.
           seed: of the noise; one for all videos, or one each. A video depends on its own seed only.
-          decode: "scan" (one compiled loop over all blocks) or "blocks" (the streaming path); equal results.
+          decode: "scan" (one compiled loop over all blocks) or "blocks" (the streaming path); equal results. By default
+            blocks where a stream hands frames out early, else the scan.
           **settings: any field of `SamplerConfig`, such as `window=9`, `switch="keep"`, `height=480`.
 
         Raises:
           UserError: anything that cannot be done, with the way out.
         """
+        decode = decode or ("blocks" if self.program.early_frames else "scan")
         if decode not in ("scan", "blocks"):
             raise UserError(f"decode is '{decode}'; 'scan' and 'blocks' are known")
         started = time.monotonic()
@@ -227,7 +229,7 @@ class LongLivePipeline:
         if decode == "scan":
             frames, latents = stream.scan()
         else:
-            blocks = [(block, stream.latents) for block in stream]
+            blocks = [(block, stream.latents) for block in stream.ahead()]
             frames, latents = (np.concatenate(parts, axis=1) for parts in zip(*blocks))
         timings = {"seconds": round(time.monotonic() - started, 3)}
         return Video(frames, latents, stream.plans, stream.seeds, stream.run_record(timings))

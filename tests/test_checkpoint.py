@@ -255,6 +255,12 @@ def test_a_shard_is_missing(params, tmp_path):
     assert "no index of shards" in message(checkpoint.load, tmp_path / "model", "transformer")
 
 
+def test_provenance_that_is_none(saved, copy):
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"provenance": 7}))
+    assert f"{path}: its provenance is no table" in message(checkpoint.load_provenance, copy)
+
+
 def test_index_names_a_tensor_that_is_nowhere(params, tmp_path):
     checkpoint.save(tmp_path / "model", CONFIG, params, shard_bytes=30_000)
     path = tmp_path / "model/transformer.safetensors.index.json"

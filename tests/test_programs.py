@@ -41,7 +41,10 @@ def test_what_is_left_to_the_backend():
     assert choose("cpu") == ProgramConfig(unroll_layers=False, early_frames=False, vae_conv="2d")
     assert choose("gpu") == ProgramConfig(unroll_layers=True, early_frames=True, vae_conv="3d")
     assert choose("gpu", unroll_layers=False, vae_conv="2d", split_kv=2) == ProgramConfig(False, True, 2, "2d")
-    for asked, message in (({"vae_conv": "4d"}, "unknown vae_conv value '4d'"), ({"split_kv": 0}, "split_kv is 0; 1 or more")):
+    for asked, message in (
+        ({"vae_conv": "4d"}, "unknown vae_conv value '4d'"),
+        ({"split_kv": 0}, "split_kv is 0; 1 or more"),
+    ):
         with pytest.raises(UserError, match=message):
             ProgramConfig(**asked)
 

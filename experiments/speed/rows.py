@@ -205,7 +205,9 @@ def ours_start(context: Context) -> None:
     context.emit(first_frame_seconds=time.time() - started, compiled=ours.compiled)
 
 
-ATTENTION: dict[str, dict[str, Any]] = {"cudnn": {"implementation": "cudnn"}}
+ATTENTION: dict[str, dict[str, Any]] = {"cudnn": {"implementation": "cudnn"}} | {
+    f"cudnn, keys in {n} parts": {"implementation": "cudnn", "split_kv": n} for n in (2, 3, 5)
+}
 """Implementations of `longlive_jax.models.attention.attention`: arguments by name."""
 
 

@@ -20,9 +20,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from longlive_jax import checkpoint
 from longlive_jax.bench.timing import Times, measure, now
 from longlive_jax.cache import Window
-from longlive_jax.config import ModelConfig, SamplerConfig
+from longlive_jax.compilation import compiler_options
+from longlive_jax.config import ModelConfig, ProgramConfig, SamplerConfig
 from longlive_jax.decoding.decoder import Decoder
 from longlive_jax.decoding.state import DecodeState
+from longlive_jax.decoding.switch import how_to_recache
 from longlive_jax.models.layers import structure
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
@@ -35,7 +37,7 @@ class Variant:
     """One way to build ours; the default is what users get.
 
     Attributes:
-      transformer, vae, decoder: arguments of `WanTransformer`, `VAE` and `Decoder`.
+      transformer, vae, decoder: arguments of `WanTransformer`, `VAE` and `Decoder`, in place of the backend's choice.
       env: environment, such as XLA_FLAGS; set by whoever starts the process, before JAX wakes up.
     """
 
@@ -71,15 +73,18 @@ class Ours:
         self.config = config
         self.sampler = dataclasses.replace(sampler or config.sampler, rope="absolute")
         self.window = Window.of(self.sampler, 0)
-        transformer = structure(lambda: WanTransformer(config.transformer, rngs=nnx.Rngs(0), **variant.transformer))
-        vae = structure(lambda: VAE(config.vae, rngs=nnx.Rngs(0), **variant.vae))
+        chosen = ProgramConfig().decided(jax.default_backend())
+        layers = {"stacked": not chosen.unroll_layers, "split_kv": chosen.split_kv} | variant.transformer
+        convolutions = {"impl": chosen.vae_conv} | variant.vae
+        transformer = structure(lambda: WanTransformer(config.transformer, rngs=nnx.Rngs(0), **layers))
+        vae = structure(lambda: VAE(config.vae, rngs=nnx.Rngs(0), **convolutions))
         make = functools.partial(
             Decoder, transformer, sampler=self.sampler, window=self.window, dtype=jnp.dtype(dtype).name,
             **variant.decoder,
         )  # fmt: skip
         self.decoder, self.blind = make(vae=vae), make(vae=None)
-        stacked, weights = variant.transformer.get("stacked", True), params["transformer"]
-        self.params = {"transformer": weights if stacked else checkpoint.unstack(weights), "vae": params["vae"]}
+        weights = params["transformer"] if layers["stacked"] else checkpoint.unstack(params["transformer"])
+        self.params = {"transformer": weights, "vae": params["vae"]}
         cfg = config.transformer
         self.embeds = jax.random.normal(jax.random.key(0), (1, cfg.text_length, cfg.text_dim), jnp.float32)
         self.keys = jax.random.key(1)[None]
@@ -93,7 +98,9 @@ class Ours:
         if name not in self._programs:
             with _cache_events() as events:
                 start = now()
-                self._programs[name] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+                options = compiler_options(jax.default_backend())
+                jitted = jax.jit(function, donate_argnums=donate, compiler_options=options)
+                self._programs[name] = jitted.lower(*args).compile()
                 self.compiled[name] = {"seconds": now() - start, "cache": events[-1] if events else "off"}
         return self._programs[name]
 
@@ -113,9 +120,10 @@ class Ours:
 
     def switch(self, state: DecodeState, pixels: bool = False) -> DecodeState:
         """A prompt switch; `state` is given away."""
-        run = functools.partial(Decoder.switch, self._decoder(pixels))
+        how = how_to_recache(self.sampler, self.window, int(state.position))
+        run = functools.partial(Decoder.switch, self._decoder(pixels), how=how)
         args = self.params, state, self.embeds
-        return self.program(f"switch, pixels={pixels}", run, *args, donate=(1,))(*args)
+        return self.program(f"switch {how}, pixels={pixels}", run, *args, donate=(1,))(*args)
 
     def steady(self, pixels: bool) -> DecodeState:
         """A state after the window has filled and one block more."""

@@ -21,7 +21,9 @@ from longlive_jax.models.transformer import TextKV, WanTransformer
 
 
 def how_to_recache(sampler: SamplerConfig, window: Window, position: int | Int[Array, ""]) -> Int[Array, ""] | int:
-    """What a recache after `position` latent frames does: 0 nothing, 1 `rebuild`, 2 `recache_window`."""
+    """What a switch after `position` latent frames recaches: 0 nothing, 1 `rebuild`, 2 `recache_window`."""
+    if sampler.switch != "recache":
+        return 0
     outgrown = position > window.slots
     if sampler.sink == "refresh" or window.ring == 0:
         outgrown = 0 * outgrown
