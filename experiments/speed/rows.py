@@ -313,11 +313,14 @@ def ours_error(context: Context) -> None:
     import jax
     import jax.numpy as jnp
 
+    from longlive_jax.bench import weights
     from longlive_jax.bench.ours import Ours, Pass
 
-    narrow = context.ours()
+    config = context.size.config
+    params = weights.ours(config, context.size.dtype)
+    narrow = Ours(config, params, context.size.dtype)
     jax.config.update("jax_default_matmul_precision", "highest")
-    wide = Ours(context.size.config, jax.tree.map(lambda a: a.astype(jnp.float32), narrow.params), jnp.float32)
+    wide = Ours(config, jax.tree.map(lambda a: a.astype(jnp.float32), params), jnp.float32)
     outputs = [jax.device_get((Pass(m, m.init(False))(), m.decode_call()())) for m in (narrow, wide)]
     context.emit(**errors(*zip(*outputs)), dtype=context.size.dtype)
 

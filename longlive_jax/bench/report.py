@@ -98,8 +98,9 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         dict.fromkeys(KEYS) | found | {"missing": missing, "weights": plan.weights, "clock": plan.clock}
     )
     with tempfile.TemporaryDirectory() as programs, programs_in(programs):
-        ours = Ours(plan.config, plan.load(), plan.dtype, plan.sampler)
-        results |= _ours(plan, ours, flops, say)
+        params = plan.load()
+        ours = Ours(plan.config, params, plan.dtype, plan.sampler)
+        results |= _ours(plan, ours, params, flops, say)
         if not plan.torch:
             missing |= dict.fromkeys(("dit_vs_torch", "vae_vs_torch"), "left out by --no-torch")
         else:
@@ -143,7 +144,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
             "window": s.window, "dtype": plan.dtype}  # fmt: skip
 
 
-def _ours(plan: Plan, ours: Ours, flops: dict[str, float], say: Callable[[str], None]) -> dict[str, Any]:
+def _ours(plan: Plan, ours: Ours, params, flops: dict[str, float], say: Callable[[str], None]) -> dict[str, Any]:
     pixels = TEMPORAL_FACTOR * plan.sampler.block_frames
     say("transformer: compiling, then blocks")
     state = ours.steady(False)
@@ -160,7 +161,7 @@ def _ours(plan: Plan, ours: Ours, flops: dict[str, float], say: Callable[[str], 
     vae = measure(ours.decode_call(), calls=plan.blocks, seconds=plan.seconds)
     needed = [name for name in ours.compiled if "pixels=True" in name]
     cold = sum(ours.compiled[name]["seconds"] for name in needed)
-    again = Ours(plan.config, ours.params, plan.dtype, plan.sampler)
+    again = Ours(plan.config, params, plan.dtype, plan.sampler)
     jax.clear_caches()
     again.step(again.init(True), True)
     times = {"dit": dit, "end_to_end": video, "vae": vae, "recache": recache, "first_frame": first}
