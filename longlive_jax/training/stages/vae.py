@@ -17,7 +17,7 @@ from longlive_jax.config import ModelConfig
 from longlive_jax.data.sprite_source import make_clip
 from longlive_jax.data.sprites import render_crowd
 from longlive_jax.errors import UserError
-from longlive_jax.models.layers import structure
+from longlive_jax.models.layers import initial, structure
 from longlive_jax.models.vae import VAE
 from longlive_jax.training.stage_config import VAEPhase
 from longlive_jax.training.stages.base import Stage, decoded, side_by_side
@@ -78,8 +78,8 @@ class VAEStage(Stage):
     def parameters(self):
         if self._init is not None:
             return {"vae": {"vae": checkpoint.load(self._init, "vae", np.float32)}}, {}
-        vae = inflate(VAE(self.config.vae, rngs=nnx.Rngs(self.config.run.seed)))
-        return {"vae": {"vae": nnx.to_pure_dict(nnx.state(vae))}}, {}
+        make = lambda: inflate(VAE(self.config.vae, rngs=nnx.Rngs(self.config.run.seed)))
+        return {"vae": {"vae": initial(make)}}, {}
 
     def source(self, phase: VAEPhase, seed: int) -> VAESource:
         return VAESource(phase.frames, phase.sprites, 100 + seed, phase.steps * phase.batch_size)
