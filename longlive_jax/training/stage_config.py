@@ -195,7 +195,7 @@ class VAEPhase:
             )
 
     def shrunk(self) -> VAEPhase:
-        return dataclasses.replace(self, steps=2, batch_size=2, frames=min(self.frames, 5))
+        return dataclasses.replace(self, steps=2, batch_size=1, frames=min(self.frames, 5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,12 +275,15 @@ class StageConfig:
         # Bigger batches where there are more streams, so that what is tried out is what will be run.
         phases = tuple(
             dataclasses.replace(p.shrunk(), batch_size=max(2, self.run.streams) // self.run.streams * self.run.streams)
-            for p in self.phases[:2]
+            for p in self._few_phases()
         )
         return dataclasses.replace(
             self, phases=phases, optimizer=dataclasses.replace(self.optimizer, warmup=0),
             run=dataclasses.replace(self.run, save_every=2, log_every=1, validate_every=0, split_every=0, wandb=None), **self._tiny(),
         )  # fmt: skip
+
+    def _few_phases(self) -> tuple[Any, ...]:
+        return self.phases[:2]
 
     def _tiny(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -312,6 +315,10 @@ class VAETrainConfig(StageConfig):
     init: str | None = None
     kl_weight: float = 3e-4
     statistics_clips: int = 128
+
+    def _few_phases(self) -> tuple[VAEPhase, ...]:
+        """One with clips, if there is: what compiles longest of all stages is compiled once."""
+        return ([p for p in self.phases if p.frames > 1] or list(self.phases))[:1]
 
     def _tiny(self) -> dict[str, Any]:
         tiny = dataclasses.replace(self.vae, base_width=4, multipliers=(1, 1, 1, 1), res_blocks=0)

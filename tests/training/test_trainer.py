@@ -233,7 +233,11 @@ def test_two_processes_are_one_with_two_devices(tmp_path):
         subprocess.Popen([*command, *options], env=several | {"JAX_PROCESS_ID": str(i)}) for i in range(2)
     ]  # fmt: skip
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    assert_same_results(tmp_path / "one", tmp_path / "two")
+    # Not bit for bit: the two devices' gradients are summed by gloo, not by one program.
+    one, two = (np.load(tmp_path / name / "checkpoint" / "w.npy") for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-6)
+    losses = [[r["loss"] for r in lines(tmp_path / name) if "loss" in r] for name in ("one", "two")]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
     positions = list((tmp_path / "two" / "state" / "12" / "data").iterdir())
     assert len(positions) == 2, "each process has its own"
 

@@ -248,14 +248,14 @@ class DistillStage(ModelStage):
         layer = videos * tokens * (12 * cfg.dim + 2 * cfg.ffn_dim) * size
         kept = {"none": 12 * cfg.dim + 2 * cfg.ffn_dim, "layer": cfg.dim, "dots": 6 * cfg.dim + cfg.ffn_dim}
         logits = 8 * videos * cfg.num_heads * tokens**2 if self.builds_logits else 0
-        rows_of_streams = max(1, self.config.run.streams // self.config.run.devices)
+        others = max(1, self.config.run.streams // self.config.run.devices) - 1 if self.streaming else 0
         parked = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self._carry_shapes(videos)))
         return {
             "critic activations": layer + logits
             + cfg.num_layers * videos * tokens * kept[self.config.distillation.remat] * size,
             # Of the stream in flight the window, and the clean keys and values of a chunk's blocks; of the others what
-            # they carry, before and after.
-            "KV caches": (3 + 2 * (rows_of_streams - 1)) * parked,
+            # they carry, before and after the step.
+            "KV caches": (3 + 2 * others) * parked,
         }  # fmt: skip
 
     # MARK: data
