@@ -75,7 +75,8 @@ def main():
     report, seen = evaluate(pipe, args.clips, args.seconds, args.batch_size, **settings)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "adherence.json").write_text(json.dumps(report, indent=1) + "\n")
-    save_image(contact_sheet(np.concatenate([sheet for sheet, *_ in seen[:16]]), 14, scale=2), args.output / "clips.png")
+    sheets = np.concatenate([sheet for sheet, *_ in seen[:16]])
+    save_image(contact_sheet(sheets, 14, scale=2), args.output / "clips.png")
     for name in (*ATTRIBUTES, "all"):
         share, (low, high) = report["adherence"][name].values()
         print(f"{name:12} {share:6.1%}  ({low:.1%} to {high:.1%})")

@@ -4,10 +4,10 @@
     python experiments/sprites/run.py --output runs/rehearsal --rehearse         # the same at tiny sizes, on a CPU
 
 Call it again to go on: a stage whose checkpoint is there is left out, one that was cut off goes on from its own state.
-`--stop-after SECONDS` ends a call in time, saved (exit status 3: there is more to do). Every call that ends by itself
-leaves OUTPUT/package: a .tar.gz a finished stage, each under 16 MiB, and one of the figures. `--restore FOLDER` unpacks
-those on another machine. Data, latents and compiled programs are made again there; a stage that was under way begins
-again.
+`--stop-after SECONDS` ends a call in time, saved (exit status 3: there is more to do); leave a minute for a program
+that is being compiled just then. Every call that ends by itself leaves OUTPUT/package: a .tar.gz a finished stage, each
+under 16 MiB, and one of the figures. `--restore FOLDER` unpacks those on another machine. Data, latents and compiled
+programs are made again there; a stage that was under way begins again.
 
 Settings are in gpu/*.yaml. Their `minutes` are shares of the budget: where the steps of a phase would take longer, it
 has fewer. Needs neither grain nor tyro, ftfy, ffmpeg or a network.
@@ -24,6 +24,8 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+
+from longlive_jax.errors import UserError
 
 STAGES = ("vae", "teacher", "ar", "init", "long", "evaluate", "package")
 BUDGET, OVERHEAD = 25.0, 7.0
@@ -266,14 +268,18 @@ def main() -> int:
     if args.restore is not None:
         run.restore(args.restore)
     complete = True
-    for stage in STAGES:
-        if stage in args.stages and stage != "package":
-            complete = run.stage(stage)
-            if not complete:
-                run.log.say("there is more to do: the same command goes on")
-                break
-    if "package" in args.stages:
-        run.package()
+    try:
+        for stage in STAGES:
+            if stage in args.stages and stage != "package":
+                complete = run.stage(stage)
+                if not complete:
+                    run.log.say("there is more to do: the same command goes on")
+                    break
+        if "package" in args.stages:
+            run.package()
+    except UserError as error:
+        run.log.say(str(error))
+        return 1
     return 0 if complete else 3
 
 

@@ -69,24 +69,32 @@ class Batches(Iterator):
         self._next, self._end = position, len(source) // (streams * size)
         self._here = draw = functools.partial(draw_batch, source, collate, streams, size)
         self._pool, self._draw = _pool(workers, draw) if workers else (concurrent.futures.ThreadPoolExecutor(2), draw)
-        self._ahead = AHEAD * (workers or 2)
-        self._first = position
+        self._ahead, self._begun = AHEAD * (workers or 2), False
         self._pending: collections.deque[concurrent.futures.Future] = collections.deque()
 
     def __next__(self) -> Any:
-        # The first is drawn here: processes take seconds to start, in which the step is compiled.
-        first, self._next = self._next == self._first, self._next + (self._next == self._first)
-        while len(self._pending) < self._ahead and self._next < self._end:
-            self._pending.append(self._pool.submit(self._draw, self._next))
-            self._next += 1
-        if first and self._first < self._end:
-            return self._here(self._first)
+        if not self._begun:
+            return self._first()
+        self._draw_ahead()
         if not self._pending:
             raise StopIteration
         try:
             return self._pending.popleft().result()
         except concurrent.futures.BrokenExecutor:
             raise UserError(DIED) from None
+
+    def _first(self) -> Any:
+        """The first is drawn here: processes take seconds to start, in which the step is compiled."""
+        index, self._next, self._begun = self._next, self._next + 1, True
+        if index >= self._end:
+            raise StopIteration
+        self._draw_ahead()
+        return self._here(index)
+
+    def _draw_ahead(self) -> None:
+        while len(self._pending) < self._ahead and self._next < self._end:
+            self._pending.append(self._pool.submit(self._draw, self._next))
+            self._next += 1
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -279,7 +279,10 @@ class StageConfig:
         )
         return dataclasses.replace(
             self, phases=phases, optimizer=dataclasses.replace(self.optimizer, warmup=0),
-            run=dataclasses.replace(self.run, save_every=2, log_every=1, validate_every=0, split_every=0, wandb=None), **self._tiny(),
+            run=dataclasses.replace(
+                self.run, save_every=2, log_every=1, validate_every=0, split_every=0, wandb=None
+            ),
+            **self._tiny(),
         )  # fmt: skip
 
     def _few_phases(self) -> tuple[Any, ...]:
@@ -318,7 +321,7 @@ class VAETrainConfig(StageConfig):
 
     def _few_phases(self) -> tuple[VAEPhase, ...]:
         """One with clips, if there is: what compiles longest of all stages is compiled once."""
-        return ([p for p in self.phases if p.frames > 1] or list(self.phases))[:1]
+        return (tuple(p for p in self.phases if p.frames > 1) or self.phases)[:1]
 
     def _tiny(self) -> dict[str, Any]:
         tiny = dataclasses.replace(self.vae, base_width=4, multipliers=(1, 1, 1, 1), res_blocks=0)
@@ -522,8 +525,9 @@ class DistillTrainConfig(ModelTrainConfig):
             self.distillation, chunk_frames=2 * block, new_frames=block, max_frames=(1 + chunks) * block
         )
         return tiny | {
-            "sampler": dataclasses.replace(tiny["sampler"], **sampler), "teacher": None, "critic": None, "prompts": (), "teacher_size": None,
-            "distillation": distillation, "lora_rank": min(self.lora_rank, 2), "student_every": 1,
+            "sampler": dataclasses.replace(tiny["sampler"], **sampler), "teacher": None, "critic": None,
+            "teacher_size": None, "prompts": (), "distillation": distillation,
+            "lora_rank": min(self.lora_rank, 2), "student_every": 1,
         }  # fmt: skip
 
 

@@ -126,7 +126,9 @@ class Distillation:
             self.config.rematerialise(),
         )  # fmt: skip
 
-    def teacher_flows(self, params: Params, window, prompts: Prompts, draws: ChunkDraws, tape: Tape) -> tuple[Array, ...]:
+    def teacher_flows(
+        self, params: Params, window, prompts: Prompts, draws: ChunkDraws, tape: Tape
+    ) -> tuple[Array, ...]:
         """The teacher's passes that a score difference needs: with the prompt and, guided, with the negative one."""
         levels = self._levels(draws)
         x_t = add_noise(window, draws.noise, levels.added)

@@ -73,7 +73,8 @@ def merged_adapters_are_those_of_the_file() -> None:
     """`long/lora.pt` on what the stage began with is the checkpoint that it left, by the way back and forth."""
     assert longlive("convert", "--checkpoint", "init/checkpoint", "--to", "torch", "--output", "original") == 0
     loras = [("long/lora.pt", 1.0)]
-    convert_wan("original", "merged", generator="original/longlive_base.pt", loras=loras, lora_alpha=32, dtype="float32")
+    generator = "original/longlive_base.pt"
+    convert_wan("original", "merged", generator=generator, loras=loras, lora_alpha=32, dtype="float32")
     ours, theirs = (checkpoint.load(folder, "transformer") for folder in ("long/checkpoint", "merged"))
     began = checkpoint.load("init/checkpoint", "transformer")
     kernel = lambda tree: tree["blocks"]["ffn"]["up"]["kernel"]

@@ -178,9 +178,12 @@ def test_tensorboard_files(tmp_path):
 
 def test_a_phase_that_would_take_too_long_has_fewer_steps(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        trainer, "make_optimizer", lambda config, rate, steps: asked.append(steps) or make_optimizer(config, rate, steps)
-    )
+
+    def make(config, rate, steps):
+        asked.append(steps)
+        return make_optimizer(config, rate, steps)
+
+    monkeypatch.setattr(trainer, "make_optimizer", make)
     config = dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 30, minutes=1e-9), ToyPhase("two", 6)))
 
     def on_step(step):

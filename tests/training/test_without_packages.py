@@ -11,6 +11,7 @@ REFUSED = ("grain", "tyro", "ftfy", "omegaconf", "imageio_ffmpeg", "tensorboardX
 
 CODE = """
 import sys
+from pathlib import Path
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -26,7 +27,7 @@ from longlive_jax.training.stages.teacher import TeacherStage
 from longlive_jax.training.stages.vae import VAEStage
 from longlive_jax.tokenizer import clean
 assert clean("a  small red star\\n drifts") == "a small red star drifts"
-assert run.Run(__import__("pathlib").Path({output!r}), 25.0, None, True, None).config("long").critic.endswith("init/critic")
+assert run.Run(Path({output!r}), 25.0, None, True, None).config("long").critic.endswith("init/critic")
 toy_stage.main({output!r})
 """
 
