@@ -13,9 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 
 from longlive_jax.config import TEMPORAL_FACTOR
@@ -23,6 +21,7 @@ from longlive_jax.data.sprites import Combination, combinations_of, render_sched
 from longlive_jax.errors import UserError
 from longlive_jax.models.vae import VAE
 from longlive_jax.training.data import in_parallel
+from longlive_jax.training.vae import encoded
 
 
 def scheduled_clip(
@@ -70,8 +69,6 @@ def encode_clips(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    graph, params = nnx.split(vae)
-    encode = jax.jit(lambda params, video: nnx.merge(graph, params).encode(video)[0])
     missing = [start for start in range(0, clips, shard) if not (folder / f"{start:06d}.npz").exists()]
     draw = functools.partial(_frames, seed, latent_frames, block)
     drawn = in_parallel(draw, [start + i for start in missing for i in range(shard)], workers)
@@ -79,7 +76,7 @@ def encode_clips(
         path, latents = folder / f"{start:06d}.npz", []
         for size in [batch] * (shard // batch) + [shard % batch] * (shard % batch > 0):
             video = np.stack(list(itertools.islice(drawn, size)))
-            latents.append(np.asarray(encode(params, jnp.asarray(video, jnp.float32) / 127.5 - 1)))
+            latents.append(np.asarray(encoded(vae, video)))
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, latents=np.concatenate(latents).astype(np.float16))
         temporary.rename(path)

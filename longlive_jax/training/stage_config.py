@@ -325,7 +325,7 @@ class VAETrainConfig(StageConfig):
 
     def _tiny(self) -> dict[str, Any]:
         tiny = dataclasses.replace(self.vae, base_width=4, multipliers=(1, 1, 1, 1), res_blocks=0)
-        return {"vae": tiny, "init": None, "statistics_clips": 2}
+        return {"vae": tiny, "init": None, "statistics_clips": 4}
 
 
 @dataclasses.dataclass(frozen=True)

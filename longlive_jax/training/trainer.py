@@ -177,7 +177,9 @@ class _Loop:
         self.frozen = put(jax.tree.map(lambda a: a.astype(self.config.run.dtype), frozen), mesh)
         self.names = tuple(params)
         self.iterator = None
-        self.state = self._begin(params, self.config.phases[0])
+        done = checkpoints.latest or 0
+        under_way = [phase for phase, start, end in self._bounds() if start < done <= end]
+        self.state = self._begin(params, (under_way or self.config.phases)[0])
         self.step, self.saved = 0, None
         streams = range(self.config.run.streams)
         self.mine = [s for s in streams if s % self.config.run.devices in own_places(mesh)]
@@ -217,7 +219,7 @@ class _Loop:
     def _begin(self, params: dict[str, Any], phase) -> TrainState:
         teaching = self._teaching(phase)
         learners = {n: Learner.begin(p, teaching[n].optimizer, teaching[n].config) for n, p in params.items()}
-        return put(TrainState.begin(learners, self.config.run.seed, self.stage.carry()), self.mesh)
+        return put(TrainState.begin(learners, self.config.run.seed, self.stage.carry(phase)), self.mesh)
 
     def _next_phase(self, phase) -> None:
         """The weights to hand on begin a new phase; key and step go on."""
@@ -323,20 +325,21 @@ class _Loop:
         the first streams, one a device, as often as there are such rows of streams; so their sum is not quite the
         step's time: what the compiler joins across parts, and the optimiser, are missing.
         """
+        jax.block_until_ready(self.state)  # steps that still run are nobody's part
         began = time.monotonic()
         nets = self.frozen | {name: learner.params for name, learner in self.state.learners.items()}
-        row = lambda tree: jax.tree.map(lambda a: a[0], tree)
-        rows = self.config.run.streams // self.config.run.devices
-        keys = jax.random.split(jax.random.key(self.step), self.config.run.devices)
+        devices, many = self.config.run.devices, self.config.run.devices > 1
+        rows = self.config.run.streams // devices
+        keys = jax.random.split(jax.random.key(self.step), (rows, devices))
+        own = jax.tree.map(lambda a: a[0] if many else a[0, 0], (self.state.carry, batch, keys))
         made: dict[str, Any] = {}
         for part in self.stage.parts(phase, step):
             name = (phase.name, part.function)
             new = name not in self.parts
             if new:
-                self.parts[name] = jax.jit(jax.vmap(part.function, in_axes=(None, 0, 0, 0, 0)))
-            run = lambda name=name: jax.block_until_ready(
-                self.parts[name](nets, row(self.state.carry), row(batch), keys, made)
-            )
+                function = jax.vmap(part.function, in_axes=(None, 0, 0, 0, 0)) if many else part.function
+                self.parts[name] = jax.jit(function)
+            run = lambda name=name: jax.block_until_ready(self.parts[name](nets, *own, made))
             if new:
                 run()
             clock = time.monotonic()

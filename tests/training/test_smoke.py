@@ -134,7 +134,7 @@ def test_parts_of_a_distillation_step_fit_together(tmp_path):
     frozen["text_encoder"] = checkpoint.abstract_params("text_encoder", stage.model.text_encoder)
     source = stage.source(stage.config.phases[0], 0)
     batch = stage.collate([source[i] for i in range(2)])
-    carry = jax.tree.map(lambda a: a[0, 0], stage.carry())
+    carry = jax.tree.map(lambda a: a[0, 0], stage.carry(stage.config.phases[0]))
     frames = stage.config.distillation.chunk_frames
     for first in (True, False):
         made = {}

@@ -54,8 +54,8 @@ class Stage:
         """Whether a learner's weights are averaged (if the settings say so at all)."""
         return True
 
-    def carry(self) -> Any:
-        """What a stream needs of its past, before its first step; leading axes [streams / devices, devices]."""
+    def carry(self, phase: Any) -> Any:
+        """What a stream needs of its past, before a phase's first step; leading axes [streams / devices, devices]."""
         return ()
 
     def source(self, phase: Any, seed: int) -> Any:

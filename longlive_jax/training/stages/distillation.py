@@ -435,8 +435,8 @@ class LongStage(DistillStage):
     name = "long"
     streaming = True
 
-    def carry(self):
+    def carry(self, phase):
         run = self.config.run
-        shapes = self._carry_shapes(self.config.phases[0].batch_size // run.streams)
+        shapes = self._carry_shapes(phase.batch_size // run.streams)
         leading = run.streams // run.devices, run.devices
         return jax.tree.map(lambda a: jnp.zeros((*leading, *a.shape), a.dtype), shapes)
