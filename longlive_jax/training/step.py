@@ -21,7 +21,10 @@ from longlive_jax.sharding import param_spec, taken, using
 from longlive_jax.training.learner import TrainState
 from longlive_jax.training.stage_config import OptimizerConfig
 
-STREAMS = PartitionSpec(None, ("data", "fsdp"))
+DEVICES = ("data", "fsdp")
+"""Mesh axes whose devices take a stream each."""
+
+STREAMS = PartitionSpec(None, DEVICES)
 """Batch and carry: [n, d, ...]."""
 
 
@@ -114,12 +117,12 @@ def gradient(loss: Callable, params: Any, nets: Any, carry: Any, batch: Any, key
             carry = jax.tree.map(lambda a: a[None], carry)
         else:
             # Said by name for kernels, which the compiler cannot cut: each device runs them for its own stream.
-            axes = () if mesh is None else ("data", "fsdp")
+            axes = () if mesh is None else DEVICES
             with taken(*axes):
                 new, carry = jax.vmap(one, spmd_axis_name=axes or None)(*xs)
             if mesh is not None:
                 # Each device has the gradient of its own stream, in float32, before anything is summed.
-                new = jax.lax.with_sharding_constraint(new, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+                new = jax.lax.with_sharding_constraint(new, NamedSharding(mesh, PartitionSpec(DEVICES)))
             new = jax.tree.map(lambda a: jnp.sum(a, axis=0), new)
         return new if total is None else jax.tree.map(jnp.add, total, new), carry
 

@@ -37,7 +37,7 @@ from longlive_jax.training.metrics import Metrics
 from longlive_jax.training.optimizer import make_optimizer
 from longlive_jax.training.runs import claim, plain, shorten, shortened
 from longlive_jax.training.stages.base import Stage
-from longlive_jax.training.step import Teaching, arrange, gathered, make_step, own_places, put
+from longlive_jax.training.step import DEVICES, Teaching, arrange, gathered, make_step, own_places, put
 from longlive_jax.video import VideoWriter, contact_sheet, save_image
 
 
@@ -337,13 +337,14 @@ class _Loop:
             name = (phase.name, part.function)
             new = name not in self.parts
             if new:
-                function = jax.vmap(part.function, in_axes=(None, 0, 0, 0, 0)) if many else part.function
-                self.parts[name] = jax.jit(function)
+                axes = {"in_axes": (None, 0, 0, 0, 0), "spmd_axis_name": DEVICES}
+                self.parts[name] = jax.jit(jax.vmap(part.function, **axes) if many else part.function)
             run = lambda name=name: jax.block_until_ready(self.parts[name](nets, *own, made))
-            if new:
-                run()
-            clock = time.monotonic()
-            made[part.name] = run()
+            with sharding.using(self.mesh), sharding.taken(*(DEVICES if many else ())):
+                if new:
+                    run()
+                clock = time.monotonic()
+                made[part.name] = run()
             self.split[f"seconds_{part.name}"] = (time.monotonic() - clock) * rows * part.times
         self.clock["split"] += time.monotonic() - began
 

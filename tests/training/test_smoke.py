@@ -70,11 +70,12 @@ def check_stage(output: Path, stage: str, said: str) -> None:
 
 
 def merged_adapters_are_those_of_the_file() -> None:
-    """`long/lora.pt` on what the stage began with is the checkpoint that it left, by the way back and forth."""
-    assert longlive("convert", "--checkpoint", "init/checkpoint", "--to", "torch", "--output", "original") == 0
-    loras = [("long/lora.pt", 1.0)]
-    generator = "original/longlive_base.pt"
-    convert_wan("original", "merged", generator=generator, loras=loras, lora_alpha=32, dtype="float32")
+    """LongLive's `lora.pt` on what the stage began with is the checkpoint that it left, by the way back and forth."""
+    for stage in ("init", "long"):
+        folders = "--checkpoint", f"{stage}/checkpoint", "--output", f"{stage}-torch"
+        assert longlive("convert", *folders, "--to", "torch") == 0
+    generator, loras = "init-torch/longlive_base.pt", [("long-torch/lora.pt", 1.0)]
+    convert_wan("init-torch", "merged", generator=generator, loras=loras, dtype="float32")
     ours, theirs = (checkpoint.load(folder, "transformer") for folder in ("long/checkpoint", "merged"))
     began = checkpoint.load("init/checkpoint", "transformer")
     kernel = lambda tree: tree["blocks"]["ffn"]["up"]["kernel"]
