@@ -272,10 +272,11 @@ class StageConfig:
 
     def shrunk(self) -> StageConfig:
         """The same stage at sizes that run through in seconds on a CPU."""
+        # The last phase alone: every phase is a program to compile, which is what takes the time.
         # Bigger batches where there are more streams, so that what is tried out is what will be run.
         phases = tuple(
             dataclasses.replace(p.shrunk(), batch_size=max(2, self.run.streams) // self.run.streams * self.run.streams)
-            for p in self._few_phases()
+            for p in self.phases[-1:]
         )
         return dataclasses.replace(
             self, phases=phases, optimizer=dataclasses.replace(self.optimizer, warmup=0),
@@ -284,9 +285,6 @@ class StageConfig:
             ),
             **self._tiny(),
         )  # fmt: skip
-
-    def _few_phases(self) -> tuple[Any, ...]:
-        return self.phases[:2]
 
     def _tiny(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -318,10 +316,6 @@ class VAETrainConfig(StageConfig):
     init: str | None = None
     kl_weight: float = 3e-4
     statistics_clips: int = 128
-
-    def _few_phases(self) -> tuple[VAEPhase, ...]:
-        """One with clips, if there is: what compiles longest of all stages is compiled once."""
-        return (tuple(p for p in self.phases if p.frames > 1) or self.phases)[:1]
 
     def _tiny(self) -> dict[str, Any]:
         tiny = dataclasses.replace(self.vae, base_width=4, multipliers=(1, 1, 1, 1), res_blocks=0)

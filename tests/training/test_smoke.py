@@ -53,7 +53,7 @@ def test_all_stages(tmp_path, capsys, monkeypatch):
 
 
 def check_stage(output: Path, stage: str, said: str) -> None:
-    folder, steps = output / "checkpoint", 4 if stage in ("teacher", "ar") else 2
+    folder, steps = output / "checkpoint", 2
     assert f"{folder}: stage {stage} is done after {steps} steps" in said
     config = checkpoint.load_config(folder)
     assert checkpoint.load_provenance(folder)["stage"] == stage

@@ -25,7 +25,7 @@ EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("**/*.yaml
 def test_configs_in_experiments(path):
     config = read_config(path, STAGES[path.stem])
     assert path.read_text().startswith("# "), "what it is for"
-    assert config.shrunk().steps <= 4
+    assert config.shrunk().steps == 2
 
 
 def test_there_are_configs():
