@@ -280,6 +280,9 @@ def main() -> int:
     except UserError as error:
         run.log.say(str(error))
         return 1
+    except KeyboardInterrupt:  # the trainer has saved its state, if it was its
+        run.log.say("stopped: the same command goes on")
+        return 130
     return 0 if complete else 3
 
 

@@ -14,7 +14,6 @@ from longlive_jax.training.stage_config import LongTrainConfig
 from longlive_jax.training.stages.distillation import LongStage
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-STAGES = ("vae", "teacher", "ar", "init", "long")
 STARTS = {
     "vae": [],
     "teacher": ["--vae", "vae/checkpoint"],
@@ -35,20 +34,49 @@ def longlive(*args):
     return caught.value.code
 
 
-def test_all_stages(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for stage in STAGES:
-        config = EXPERIMENTS / "sprites" / f"{stage}.yaml"
-        assert longlive("train", stage, "--config", config, "--smoke", *STARTS[stage], "--output", stage) == 0
-        check_stage(Path(stage), stage, capsys.readouterr().out)
-    merged_adapters_are_those_of_the_file()
-    assert longlive("train", "ar", "--smoke", "--output", "ar") == 1
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The stages' folders, one starting from the other."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def run_stage(runs: Path, stage: str) -> None:
+    """A stage, and before it those that it starts from, unless they are there."""
+    for start in STARTS[stage]:
+        if "/" in start and not (runs / start).exists():
+            run_stage(runs, start.split("/")[0])
+    config = EXPERIMENTS / "sprites" / f"{stage}.yaml"
+    assert longlive("train", stage, "--config", config, "--smoke", *STARTS[stage], "--output", stage) == 0
+
+
+@pytest.mark.parametrize(
+    "stage", ["vae", "teacher", "ar", *(pytest.param(s, marks=pytest.mark.slow) for s in ("init", "long"))]
+)
+def test_stage(runs, capsys, monkeypatch, stage):
+    monkeypatch.chdir(runs)
+    run_stage(runs, stage)
+    check_stage(Path(stage), stage, capsys.readouterr().out)
+
+
+def test_a_finished_stage_is_kept_and_ended_again(runs, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(runs)
+    if not Path("vae/checkpoint").exists():
+        run_stage(runs, "vae")
+    assert longlive("train", "vae", "--smoke", "--output", "vae") == 1
     assert "holds a run and is kept" in capsys.readouterr().err
-    (tmp_path / "ar" / "checkpoint").rename(tmp_path / "before")
-    assert longlive("train", "ar", "--output", "ar", "--resume") == 0, "nothing is left to do but the end"
-    assert checkpoint.checkpoint_hash("ar/checkpoint") == checkpoint.checkpoint_hash("before")
-    assert longlive("generate", "a large red star", "--seconds", "1", "--checkpoint", "long/checkpoint",
-                    "--output", "video.mp4") == 0  # fmt: skip
+    Path("vae/checkpoint").rename(tmp_path / "before")
+    assert longlive("train", "vae", "--output", "vae", "--resume") == 0, "nothing is left to do but the end"
+    assert checkpoint.checkpoint_hash("vae/checkpoint") == checkpoint.checkpoint_hash(tmp_path / "before")
+
+
+@pytest.mark.slow
+def test_what_the_last_stage_leaves_behind(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    if not Path("long/checkpoint").exists():
+        run_stage(runs, "long")
+    merged_adapters_are_those_of_the_file()
+    options = "--seconds", "1", "--checkpoint", "long/checkpoint", "--output", "video.mp4"
+    assert longlive("generate", "a large red star", *options) == 0
     assert Path("video.mp4").stat().st_size > 500
 
 
