@@ -58,7 +58,7 @@ class StageRun:
         if self.smoke:
             import jax
 
-            # Most of a smoke run is compiling, and most of that is optimising what runs a few times.
+            # What runs twice need not be fast.
             jax.config.update("jax_disable_most_optimizations", True)
         first = join_others() if self.distributed else True
         with ConsoleReporter(self.settings.steps, quiet=not first) as reporter:

@@ -89,6 +89,11 @@ class Checkpoints:
         parts = {"state": ocp.args.StandardRestore(abstract)}
         iterator = iterator_at(step)
         if iterator is not None and not isinstance(iterator, Batches):
+            if not (self.folder / str(step) / "data").exists():
+                raise UserError(
+                    f"{self.folder / str(step)} was written without grain and has no position for it; give "
+                    "--run.workers 1, and our own processes draw the same data on from there"
+                )
             parts["data"] = grain_checkpoint.CheckpointRestore(iterator)
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**parts))

@@ -189,5 +189,5 @@ def gathered(tree: Any, mesh: Mesh | None) -> Any:
     """All of a tree in the host memory of every process."""
     if jax.process_count() > 1:
         whole = jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        tree = jax.tree.map(whole, tree)  # one after another: only one is whole on the devices
+        return jax.tree.map(lambda a: jax.device_get(whole(a)), tree)  # one at a time is whole on the devices
     return jax.device_get(tree)

@@ -405,7 +405,7 @@ class _Loop:
         began = time.monotonic()
         best = {name: learner.best for name, learner in self.state.learners.items()}
         if jax.process_count() > 1:
-            best, frozen = gathered((best, self.frozen), self.mesh)
+            best, frozen = gathered((best, self._handed_on), self.mesh)
         else:
             frozen = self.frozen
         if jax.process_index() == 0:
@@ -446,13 +446,18 @@ class _Loop:
         self.reporter.say(f"stopped at step {self.step} of {self.total} ({why})")
         raise TimeOver if over else Interrupted
 
+    @property
+    def _handed_on(self) -> dict[str, Any]:
+        """Frozen networks but the teacher, which is the largest and in no checkpoint."""
+        return {name: params for name, params in self.frozen.items() if name != "teacher"}
+
     def finish(self) -> Path:
         """Writes the checkpoint folder of the stage's end."""
         self.checkpoints.wait()
         if self.checkpoints.latest != self.step:
             raise UserError(f"the last checkpoint could not be written to {self.checkpoints.folder}; free some space")
         best = gathered({name: learner.best for name, learner in self.state.learners.items()}, self.mesh)
-        frozen = gathered(self.frozen, self.mesh)
+        frozen = gathered(self._handed_on, self.mesh)
         if self.config.run.dtype != "float32":
             _, frozen = self.stage.parameters()  # what is handed on is not rounded
         folder = self.output / "checkpoint"

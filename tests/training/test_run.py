@@ -91,7 +91,8 @@ def test_settings(script, tmp_path):
     assert len({configs[stage].transformer for stage in ("teacher", "ar", "init", "long")}) == 1
     assert configs["init"].sampler == configs["long"].sampler
     assert configs["ar"].init == str(tmp_path / "teacher/checkpoint")
-    half = make(script, tmp_path, budget=16.0).config("vae").phases
+    middle = (script.BUDGET + script.OVERHEAD) / 2
+    half = make(script, tmp_path, budget=middle).config("vae").phases
     assert [p.minutes for p in half] == [pytest.approx(p.minutes / 2) for p in configs["vae"].phases]
     assert make(script, tmp_path, rehearse=True).config("long").steps == 2
 

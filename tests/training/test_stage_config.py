@@ -18,7 +18,8 @@ from longlive_jax.training.stage_config import (
     read_config,
 )
 
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("**/*.yaml"))
+FOLDERS = ("sprites", "sprites/gpu", "wan")
+EXPERIMENTS = sorted(p for f in FOLDERS for p in (Path(__file__).parents[2] / "experiments" / f).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -217,7 +217,10 @@ def test_our_own_batches_go_on_too(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "grain_batches", lambda *_: None)
     with pytest.raises(Interrupted):
         run(tmp_path, on_step=lambda step: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
-    run(tmp_path, resume=True)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="state/5 was written without grain .*; give --run.workers 1"):
+        run(tmp_path, resume=True)
+    run(tmp_path, changed(workers=1), resume=True)
     np.testing.assert_array_equal(np.load(tmp_path / "checkpoint" / "w.npy"), np.load(whole / "checkpoint" / "w.npy"))
 
 
