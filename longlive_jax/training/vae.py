@@ -111,7 +111,7 @@ def _moments(graph: nnx.GraphDef, params: Any, video: Float[Array, "b t h w 3"])
     return nnx.merge(graph, params).moments(video)[:2]
 
 
-def encoded(vae: VAE, frames: UInt8[np.ndarray, "b t h w 3"]) -> Float[Array, "b f h w c"]:
+def encoded(vae: VAE, frames: UInt8[np.ndarray, "b t h w 3"]) -> Float[Array, "b f rows columns c"]:
     """Normalised latents of clips (the mean, no sampling)."""
     mean, _ = _moments(*nnx.split(vae), jnp.asarray(frames, jnp.float32) / 127.5 - 1)
     return (mean - jnp.asarray(vae.cfg.latent_mean)) / jnp.asarray(vae.cfg.latent_std)

@@ -244,7 +244,7 @@ def test_two_processes_are_one_with_two_devices(tmp_path):
     np.testing.assert_allclose(two, one, rtol=1e-6)
     losses = [[r["loss"] for r in lines(tmp_path / name) if "loss" in r] for name in ("one", "two")]
     np.testing.assert_allclose(*losses, rtol=1e-6)
-    positions = list((tmp_path / "two" / "state" / "12" / "data").iterdir())
+    positions = list((tmp_path / "two" / "state" / "12" / "data").glob("process_*.json"))
     assert len(positions) == 2, "each process has its own"
 
 
