@@ -289,13 +289,15 @@ def checkpoint_hash(folder: str | os.PathLike) -> str:
     """sha256 over sizes, tensors and tokeniser: the same for equal contents, however they are sharded.
 
     Quick: it reads the tensors' own hashes from the headers, and the values only of files that have none (not ours).
+    Parts that are not there do not count: the folder that training a VAE leaves has no other.
     """
     config = load_config(folder)
     digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
     for part in MODULES:
-        if getattr(config, part) is None:
+        path = Path(folder) / f"{part}.safetensors"
+        if getattr(config, part) is None or not list(Path(folder).glob(f"{path.name}*")):
             continue
-        files = SafetensorsPart.open(Path(folder) / f"{part}.safetensors")
+        files = SafetensorsPart.open(path)
         hashes = {name: value for file in files.files for name, value in file.metadata.items()}
         for name in sorted(files.shapes):
             value = hashes.get(name) or hashlib.sha256(files.read(name).tobytes()).hexdigest()

@@ -75,6 +75,11 @@ def structure(make: Callable[[], nnx.Module]) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(make))[0]
 
 
+def initial(make: Callable[[], nnx.Module]) -> dict[str, Any]:
+    """First parameters of a network, drawn by one program: one by one, every shape would be compiled on its own."""
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
+
+
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
     """`num_layers` equal layers as one module whose every parameter has a leading layer axis.
 
