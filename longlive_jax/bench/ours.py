@@ -23,7 +23,7 @@ from longlive_jax.cache import Window
 from longlive_jax.compilation import compiler_options
 from longlive_jax.config import ModelConfig, ProgramConfig, SamplerConfig
 from longlive_jax.decoding.decoder import Decoder
-from longlive_jax.decoding.state import DecodeState
+from longlive_jax.decoding.state import BlockOutput, DecodeState
 from longlive_jax.decoding.switch import how_to_recache
 from longlive_jax.models.layers import structure
 from longlive_jax.models.transformer import WanTransformer
@@ -38,12 +38,14 @@ class Variant:
 
     Attributes:
       transformer, vae, decoder: arguments of `WanTransformer`, `VAE` and `Decoder`, in place of the backend's choice.
+      early_frames: see `ProgramConfig`.
       env: environment, such as XLA_FLAGS; set by whoever starts the process, before JAX wakes up.
     """
 
     transformer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     vae: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    early_frames: bool | None = None
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -73,7 +75,8 @@ class Ours:
         self.config = config
         self.sampler = dataclasses.replace(sampler or config.sampler, rope="absolute")
         self.window = Window.of(self.sampler, 0)
-        chosen = ProgramConfig().decided(jax.default_backend())
+        chosen = ProgramConfig(early_frames=variant.early_frames).decided(jax.default_backend())
+        self.early_frames = chosen.early_frames
         layers = {"stacked": not chosen.unroll_layers, "split_kv": chosen.split_kv} | variant.transformer
         convolutions = {"impl": chosen.vae_conv} | variant.vae
         transformer = structure(lambda: WanTransformer(config.transformer, rngs=nnx.Rngs(0), **layers))
@@ -113,10 +116,24 @@ class Ours:
         args = self.params, self.embeds, self.keys
         return self.program(f"init, pixels={pixels}", run, *args)(*args)
 
-    def step(self, state: DecodeState, pixels: bool):
-        """The next block; `state` is given away."""
-        run = functools.partial(Decoder.step, self._decoder(pixels))
-        return self.program(f"block, pixels={pixels}", run, self.params, state, donate=(1,))(self.params, state)
+    def step(self, state: DecodeState, pixels: bool, first: bool = False) -> tuple[DecodeState, BlockOutput]:
+        """The next block, as a stream makes it; `state` is given away. `first`: whether it is a video's first."""
+
+        def call(part: str, *args, donate=(1,), **options):
+            run = functools.partial(getattr(Decoder, part), self._decoder(pixels), **options)
+            told = "".join(f", {name}={value}" for name, value in options.items())
+            return self.program(f"{part}, pixels={pixels}{told}", run, self.params, *args, donate=donate)(
+                self.params, *args
+            )
+
+        if not self.early_frames:
+            return call("step", state)
+        state, latents = call("denoise", state)
+        frames = None
+        if pixels:
+            frames, vae = call("pixels", latents, state.vae, donate=(), first=first)
+            state = state.replace(vae=vae)
+        return call("finish", state), BlockOutput(latents, frames)
 
     def switch(self, state: DecodeState, pixels: bool = False) -> DecodeState:
         """A prompt switch; `state` is given away."""
@@ -128,8 +145,8 @@ class Ours:
     def steady(self, pixels: bool) -> DecodeState:
         """A state after the window has filled and one block more."""
         state = self.init(pixels)
-        for _ in range(self.window.slots // self.window.block + 1):
-            state, _ = self.step(state, pixels)
+        for i in range(self.window.slots // self.window.block + 1):
+            state, _ = self.step(state, pixels, first=i == 0)
         return jax.block_until_ready(state)
 
     # MARK: measurements
@@ -160,8 +177,8 @@ class Ours:
     def video(self, blocks: int) -> float:
         """Milliseconds from prompt embedding to the uint8 pixels of so many blocks on the host."""
         start, state, waiting = now(), self.init(True), []
-        for _ in range(blocks):
-            state, out = self.step(state, True)
+        for i in range(blocks):
+            state, out = self.step(state, True, first=i == 0)
             out.frames.copy_to_host_async()
             waiting.append(out.frames)
         for frames in waiting:
@@ -170,7 +187,7 @@ class Ours:
 
     def first_frame(self, calls: int = 3) -> Times:
         """From prompt embedding to the first block's pixels on the host, everything compiled."""
-        return measure(lambda: np.asarray(self.step(self.init(True), True)[1].frames), warmup=1, calls=calls)
+        return measure(lambda: np.asarray(self.step(self.init(True), True, True)[1].frames), warmup=1, calls=calls)
 
     def recaches(self, state: DecodeState, calls: int, *, seconds: float = float("inf")):
         """Times of prompt switches, and the state after them."""

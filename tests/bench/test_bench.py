@@ -5,9 +5,12 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+from longlive_jax import checkpoint
 from longlive_jax.bench import machine, report, timing
+from longlive_jax.bench.ours import Ours, Variant
 from longlive_jax.bench.report import KEYS
 from longlive_jax.bench.timing import Pair, Times
 from longlive_jax.cli import main
@@ -31,6 +34,20 @@ def test_in_turn_begins_and_ends_with_the_first():
     order.clear()
     timing.in_turn(call("a"), call("b"), warmup=0, pairs=9, seconds=0)
     assert "".join(order) == "abababa"
+
+
+def test_blocks_in_parts_are_the_same_blocks(tiny_checkpoint, tiny_config):
+    params = {part: checkpoint.load(tiny_checkpoint, part, "float32") for part in ("transformer", "vae")}
+    whole, parts = (
+        Ours(tiny_config, params, "float32", variant=Variant(early_frames=early)) for early in (False, True)
+    )  # fmt: skip
+    frames = []
+    for ours in (whole, parts):
+        state, first = ours.step(ours.init(True), True, first=True)
+        state, second = ours.step(state, True)
+        frames.append(np.concatenate([first.frames, second.frames], axis=1).astype(int))
+    assert np.abs(frames[0] - frames[1]).max() <= 1 and frames[0].std() > 1
+    assert {name.split(",")[0] for name in parts.compiled} == {"init", "denoise", "pixels", "finish"}
 
 
 def test_the_json_has_every_key(tiny_checkpoint, tmp_path, capsys):
