@@ -1,5 +1,6 @@
 """`longlive generate`, as a person meets it: files, messages and exit codes; above all for what goes wrong."""
 
+import functools
 import json
 import os
 import re
@@ -365,8 +366,11 @@ def process(tmp_path_factory, tiny_checkpoint):
 
     def start(folder: Path, *args) -> subprocess.Popen:
         command = [COMMAND, "generate", *args, "--checkpoint", tiny_checkpoint]
+        # Who starts the tests in the background may have had them ignore Ctrl-C, and that is inherited.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        command = [str(part) for part in command]
         return subprocess.Popen(
-            [str(part) for part in command], cwd=folder, env=environment, text=True, stderr=subprocess.PIPE
+            command, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE, preexec_fn=heed
         )
 
     start.cache = cache
