@@ -81,6 +81,7 @@ def read_case(path: str | Path) -> Case:
             )
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
+        text = str(arrays.pop("meta", "")).encode("utf-8").decode("utf-8")  # an array may hold what is no character
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -90,7 +91,7 @@ def read_case(path: str | Path) -> Case:
     odd = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
     if odd:
         raise UserError(f"{path} has {listed(odd)}, which are no arrays; copy it again")
-    meta = parse_json(str(arrays.pop("meta", "")), f"{path} is no parity case: its 'meta'", "copy it again")
+    meta = parse_json(text, f"{path} is no parity case: its 'meta'", "copy it again")
     if not isinstance(meta.get("kind"), str):
         raise UserError(f"{path} has no 'meta' with a kind, so it is no parity case")
     return Case(path, meta["kind"], meta, arrays)

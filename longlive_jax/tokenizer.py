@@ -85,7 +85,7 @@ class PromptTokenizer:
         tokenizer.no_truncation()
         self.pad_id = tokenizer.token_to_id(PAD) or 0
         self.max_length = max_length
-        self._tokenizer = tokenizer
+        self._tokenizer, self._where = tokenizer, "the tokenizer"
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike, max_length: int) -> Self:
@@ -117,9 +117,11 @@ class PromptTokenizer:
                 "copy it there from the model's repository (Wan: google/umt5-xxl/)"
             )
         try:
-            return cls(tokenizer, max_length)
+            made = cls(tokenizer, max_length)
         except UserError as error:
             raise UserError(f"{json_file if json_file.is_file() else model_file}: {error}") from None
+        made._where = str(json_file if json_file.is_file() else model_file)
+        return made
 
     @property
     def vocab_size(self) -> int:
@@ -129,7 +131,12 @@ class PromptTokenizer:
     def __call__(self, prompts: str | Sequence[str]) -> Tokens:
         """Tokenises one prompt or a batch; a prompt that is too long is cut before its `</s>`, which stays."""
         texts = [clean(text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        except BaseException as error:  # the library's panics are no Exception, and it does not export their class
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{self._where} is damaged ({error}); download it again") from error
         ids = np.full((len(texts), self.max_length), self.pad_id, np.int32)
         mask = np.zeros_like(ids)
         truncated = np.zeros(len(texts), bool)

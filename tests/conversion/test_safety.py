@@ -351,6 +351,30 @@ def test_classes_of_a_pipeline_are_not_loaded(wan, tmp_path, monkeypatch):
     assert checkpoint.checkpoint_hash(tmp_path / "again") == checkpoint.checkpoint_hash(tmp_path / "ours")
 
 
+def test_a_case_whose_settings_are_no_characters(tmp_path):
+    meta = np.array(json.dumps({"kind": "text"}))
+    codes = np.frombuffer(meta.tobytes(), np.uint32).copy()
+    codes[10] = 0x30000000
+    np.savez(tmp_path / "x.npz", meta=np.frombuffer(codes.tobytes(), meta.dtype).reshape(()))
+    assert "x.npz is damaged" in message(parity.read_case, tmp_path / "x.npz")
+
+
+def test_a_tokenizer_that_panics(tmp_path):
+    """What the library's Rust code runs into is a line too; other ends, such as Ctrl-C, stay what they are."""
+    train_unigram(["a red square moves left"], 80).save(tmp_path)
+    tokens = PromptTokenizer.from_folder(tmp_path, 8)
+    for name, expected in (("PanicException", UserError), ("Stop", KeyboardInterrupt)):
+        error = type(name, (KeyboardInterrupt,), {})("index out of bounds")
+
+        class Damaged:
+            def encode_batch(self, *args, **kwargs):
+                raise error  # noqa: B023 - called at once
+
+        tokens._tokenizer = Damaged()
+        with pytest.raises(expected, match="tokenizer.json is damaged" if expected is UserError else None):
+            tokens("a red square")
+
+
 def test_a_tokenizer_that_is_none(tmp_path):
     train_unigram(["a red square moves left"], 80).save(tmp_path)
     values = json.loads((tmp_path / "tokenizer.json").read_text())
