@@ -23,7 +23,7 @@ from longlive_jax.cache import Window
 from longlive_jax.compilation import compiler_options
 from longlive_jax.config import ModelConfig, ProgramConfig, SamplerConfig
 from longlive_jax.decoding.decoder import Decoder
-from longlive_jax.decoding.state import DecodeState
+from longlive_jax.decoding.state import BlockOutput, DecodeState
 from longlive_jax.decoding.switch import how_to_recache
 from longlive_jax.models.layers import structure
 from longlive_jax.models.transformer import WanTransformer
@@ -38,12 +38,14 @@ class Variant:
 
     Attributes:
       transformer, vae, decoder: arguments of `WanTransformer`, `VAE` and `Decoder`, in place of the backend's choice.
+      early_frames: whether a block's frames are decoded before its clean pass; the backend's choice by default.
       env: environment, such as XLA_FLAGS; set by whoever starts the process, before JAX wakes up.
     """
 
     transformer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     vae: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    early_frames: bool | None = None
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -73,7 +75,8 @@ class Ours:
         self.config = config
         self.sampler = dataclasses.replace(sampler or config.sampler, rope="absolute")
         self.window = Window.of(self.sampler, 0)
-        chosen = ProgramConfig().decided(jax.default_backend())
+        chosen = ProgramConfig(early_frames=variant.early_frames).decided(jax.default_backend())
+        self.early_frames = chosen.early_frames
         layers = {"stacked": not chosen.unroll_layers, "split_kv": chosen.split_kv} | variant.transformer
         convolutions = {"impl": chosen.vae_conv} | variant.vae
         transformer = structure(lambda: WanTransformer(config.transformer, rngs=nnx.Rngs(0), **layers))
@@ -90,6 +93,7 @@ class Ours:
         self.keys = jax.random.key(1)[None]
         self.compiled: dict[str, dict[str, Any]] = {}
         self._programs: dict[str, Any] = {}
+        self._first = True
 
     # MARK: programs
 
@@ -111,12 +115,30 @@ class Ours:
         """The state before the first block."""
         run = functools.partial(Decoder.init, self._decoder(pixels))
         args = self.params, self.embeds, self.keys
+        self._first = True
         return self.program(f"init, pixels={pixels}", run, *args)(*args)
 
-    def step(self, state: DecodeState, pixels: bool):
-        """The next block; `state` is given away."""
+    def step(self, state: DecodeState, pixels: bool) -> tuple[DecodeState, BlockOutput]:
+        """The next block, the first of a video after `init`; `state` is given away."""
+        if pixels and self.early_frames:
+            return self._early(state)
         run = functools.partial(Decoder.step, self._decoder(pixels))
         return self.program(f"block, pixels={pixels}", run, self.params, state, donate=(1,))(self.params, state)
+
+    def _early(self, state: DecodeState) -> tuple[DecodeState, BlockOutput]:
+        """A block as a stream makes it: the frames are on their way before the clean pass."""
+        first, self._first = self._first, False
+        run = functools.partial(Decoder.denoise, self.decoder)
+        denoise = self.program("denoise, pixels=True", run, self.params, state, donate=(1,))
+        state, latents = denoise(self.params, state)
+        run = functools.partial(Decoder.pixels, self.decoder, first=first)
+        decode = self.program(f"frames, first={first}, pixels=True", run, self.params, latents, state.vae)
+        frames, vae = decode(self.params, latents, state.vae)
+        state = state.replace(vae=vae)
+        finish = self.program(
+            "clean pass, pixels=True", functools.partial(Decoder.finish, self.decoder), self.params, state, donate=(1,)
+        )
+        return finish(self.params, state), BlockOutput(latents, frames)
 
     def switch(self, state: DecodeState, pixels: bool = False) -> DecodeState:
         """A prompt switch; `state` is given away."""

@@ -1,13 +1,16 @@
 """`longlive bench` on a tiny checkpoint: every key of the JSON, and what it says of what it did not measure."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from longlive_jax.bench import machine, report, timing
+from longlive_jax.bench import machine, report, timing, weights
+from longlive_jax.bench.ours import Ours, Variant
 from longlive_jax.bench.report import KEYS
 from longlive_jax.bench.timing import Pair, Times
 from longlive_jax.cli import main
@@ -95,3 +98,18 @@ def test_bad_input_is_one_line(words, told, capsys):
         main(["bench", *words])
     error = capsys.readouterr().err
     assert end.value.code == 1 and told in error and error.count("\n") == 1
+
+
+def test_frames_before_the_clean_pass_are_the_same_frames(tiny_config):
+    """A benchmark of another video would be no benchmark of ours."""
+    config = dataclasses.replace(tiny_config, text_encoder=None)
+    params, videos = weights.ours(config, "float32"), []
+    for early in (False, True):
+        ours = Ours(config, params, "float32", variant=Variant(early_frames=early))
+        state, frames = ours.init(True), []
+        for _ in range(2):
+            state, out = ours.step(state, True)
+            frames.append(np.asarray(out.frames, int))
+        videos.append(np.concatenate(frames, axis=1))
+        assert int(state.position) == 2 * config.sampler.block_frames
+    assert np.abs(videos[0] - videos[1]).max() <= 1 and videos[0].std() > 0
