@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from longlive_jax.conversion.progress import Progress, Stage, hashed, watched, w
 from longlive_jax.conversion.readers import GENERATOR_KEYS, Reader, open_weights
 from longlive_jax.conversion.tables_diffusers import DIFFUSERS
 from longlive_jax.errors import UserError, collect, listed, raise_all
+from longlive_jax.models.quantization import INT8, SCALE
 from longlive_jax.tensor_files import LazyTensor, SafetensorsPart
 from longlive_jax.tokenizer import PromptTokenizer
 
@@ -82,6 +84,7 @@ def convert_wan(
     loras: Sequence[tuple[str | Path, float]] = (),
     lora_alpha: float | None = None,
     dtype: str = "bfloat16",
+    quantize: Sequence[str] = (),
     verify: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -98,6 +101,8 @@ def convert_wan(
       loras: (file, scale) pairs, merged in float32.
       lora_alpha: alpha of the LoRAs that do not say it; their rank by default.
       dtype: "bfloat16" or "float32", of everything written.
+      quantize: parts whose linear layers inside the blocks are written in int8: "transformer", "text_encoder". From
+        the numbers of the source, so without the rounding to `dtype`.
       verify: read back what was written, compare checksums and, if PyTorch is installed, each layer's numbers.
       overwrite: replace a checkpoint that is there.
       progress: is told how far it is.
@@ -117,6 +122,8 @@ def convert_wan(
     parts = {}
     for part, cfg in source.configs.items():
         parts[part] = plan(source, part, cfg, OUTPUT_DTYPES[dtype])
+        if part in quantize:
+            parts[part] = checkpoint.quantized(parts[part], part, cfg)
     config = None
     with collect(source.faults):
         if not source.faults:
@@ -125,7 +132,8 @@ def convert_wan(
     raise_all(source.faults, f"cannot convert {folder}, nothing was written: ")
     progress = progress or Progress()
     progress.plan(stages(source, parts, verify))
-    provenance = describe(source, dtype, progress)
+    quantization = {part: INT8 for part in quantize if part in parts}
+    provenance = describe(source, dtype, progress) | ({"quantization": quantization} if quantization else {})
     report: dict[str, Any] = {}
 
     def finish(new: Path, hashes: dict[str, dict[str, str]]) -> None:
@@ -149,6 +157,7 @@ def convert_wan(
         {part: watched(part, tensors, progress) for part, tensors in parts.items()},
         source.tokenizer,
         provenance,
+        quantization=quantization,
         overwrite=overwrite,
         finish=finish,
     )
@@ -377,7 +386,7 @@ def source_report(path: Path, progress: Progress) -> dict[str, Any]:
 def part_report(tensors: Sequence[LazyTensor], hashes: dict[str, str]) -> dict[str, Any]:
     """Numbers of a part for the report."""
     total = sum(tensor.nbytes for tensor in tensors)
-    parameters = total // np.dtype(tensors[0].dtype).itemsize
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors if not tensor.name.endswith(f".{SCALE}"))
     return {"tensors": len(tensors), "parameters": parameters, "bytes": total, "sha256": hashes}
 
 
@@ -389,4 +398,5 @@ def summary(report: dict[str, Any]) -> str:
     verified = ", verified" if report["verified"] else ""
     if report["layers"]:
         verified += f" with {sum(kind['modules'] for kind in report['layers'].values())} layers in PyTorch"
-    return f"{sizes} parameters in {report['dtype']}{loras}{verified}"
+    int8 = "".join(f", blocks of the {part.replace('_', ' ')} in int8" for part in report.get("quantization", {}))
+    return f"{sizes} parameters in {report['dtype']}{int8}{loras}{verified}"

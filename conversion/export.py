@@ -83,6 +83,11 @@ def export(
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise UserError(f"dtype is '{dtype}'; choose {' or '.join(OUTPUT_DTYPES)}")
     checkpoint.refuse_existing(output, overwrite, extras.read, "a folder that `longlive convert --to` made")
+    if checkpoint.load_quantization(folder):
+        raise UserError(
+            f"{folder} is in int8, and what rounding took away does not come back; convert the folder that it was made "
+            "from, or the original files"
+        )
     if to == "torch":
         require_torch()
     config = checkpoint.check(folder)

@@ -31,6 +31,7 @@ from longlive_jax.conversion.readers import Reader
 from longlive_jax.conversion.tables import Row, Table
 from longlive_jax.errors import UserError
 from longlive_jax.models.layers import LayerNorm, Linear, RMSNorm, structure
+from longlive_jax.models.quantization import INT8, SCALE, dequantize
 from longlive_jax.models.vae import CausalConv, ChannelNorm, Conv2d
 from longlive_jax.tensor_files import SafetensorsPart
 
@@ -90,8 +91,8 @@ class Layer:
         return [found for found in factors if found is not None]
 
     def written(self) -> dict[str, np.ndarray]:
-        """Our parameters by name within the layer."""
-        return {row.ours.rpartition(".")[2]: self.files.read(row.ours) for row in self.rows.values()}
+        """Our parameters by name within the layer; an int8 kernel as the floats that it stands for."""
+        return {row.ours.rpartition(".")[2]: read(self.files, row.ours) for row in self.rows.values()}
 
     def ours(self, layer: Callable[..., nnx.Module], args: Callable[[dict], tuple], x: np.ndarray) -> np.ndarray:
         """Output of `layer(*args(params))`, one of our modules, with the written parameters."""
@@ -99,6 +100,14 @@ class Layer:
         module = nnx.merge(_structure(layer, *args(params)), jax.tree.map(jnp.asarray, params))
         y = module(jnp.asarray(x))
         return np.asarray(y[0] if isinstance(y, tuple) else y)  # a causal convolution also gives its history
+
+
+def read(files: SafetensorsPart, name: str) -> np.ndarray:
+    """A tensor that was written, as it is or in int8."""
+    if name in files.shapes:
+        return files.read(name)
+    layer = name.removesuffix(".kernel")
+    return dequantize(files.read(f"{layer}.{INT8}"), files.read(f"{layer}.{SCALE}"))
 
 
 @functools.lru_cache(maxsize=256)
@@ -296,7 +305,13 @@ def size(reader: Reader, rows: Iterable[Row]) -> tuple[int, int]:
 
 
 def _allowed(row: Row, reader: Reader, files: SafetensorsPart, merged: bool) -> float:
-    """The order of sums; and twice the rounding to the written dtype, if it cannot hold all the source has."""
+    """The order of sums; and twice the rounding to the written dtype, if it cannot hold all the source has.
+
+    Of int8, the most that rounding can do: half a scale in every weight.
+    """
+    if row.ours not in files.shapes:
+        scale, kernel = files.read(f"{row.ours.removesuffix('.kernel')}.{SCALE}"), read(files, row.ours)
+        return SUMS + float(0.5 * np.sqrt(np.mean(np.square(scale)) / np.mean(np.square(kernel))))
     source, written = reader.dtypes[row.torch], files.dtypes[row.ours]
     exact = jnp.promote_types(np.float32 if merged else source, written) == written
     return SUMS if exact else SUMS + float(ml_dtypes.finfo(written).eps)

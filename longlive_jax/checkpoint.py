@@ -1,6 +1,7 @@
 """The checkpoint folder: config.json, one safetensors file a part, tokenizer.json.
 
-    config.json                 sizes, sampler defaults, provenance; `null` for a text encoder that is not there
+    config.json                 sizes, sampler defaults, provenance; `null` for a text encoder that is not there;
+                                `quantization`, such as {"transformer": "int8"}, if there is any
     transformer.safetensors     one tensor a layer ("blocks.3.ffn.up.kernel"), stacked on load
     vae.safetensors
     text_encoder.safetensors    above 5 GB: text_encoder.safetensors.index.json and text_encoder-00001-of-00003...
@@ -34,6 +35,7 @@ from flax import nnx
 from longlive_jax.config import ModelConfig, from_dict, to_dict
 from longlive_jax.errors import UserError, collect, listed, raise_all
 from longlive_jax.json_files import read_json
+from longlive_jax.models.quantization import INT8, SCALE, dequantize, quantize, with_int8
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
@@ -52,6 +54,9 @@ LORA = "lora.safetensors"
 """The LoRA that was merged, a tensor a layer: `lora_a` [in, rank] and `lora_b` [rank, out] where the kernel has its
 name, scaled so that alpha is the rank."""
 
+QUANTIZABLE = ("transformer", "text_encoder")
+"""Parts whose blocks can be stored in int8."""
+
 STACKED = "blocks"
 """The parameters under this name have a leading layer axis in memory, and a tensor a layer in files."""
 
@@ -63,18 +68,19 @@ Params = dict[str, Any]
 
 
 @functools.lru_cache(maxsize=16)
-def _abstract_state(part: str, cfg: Any) -> nnx.State:
-    return nnx.state(nnx.eval_shape(lambda: MODULES[part](cfg, rngs=nnx.Rngs(0))))
+def _abstract_state(part: str, cfg: Any, quantization: str | None) -> nnx.State:
+    make = lambda: MODULES[part](cfg, rngs=nnx.Rngs(0))
+    return nnx.state(nnx.eval_shape((lambda: with_int8(make())) if quantization else make))
 
 
-def abstract_params(part: str, cfg: Any) -> Params:
+def abstract_params(part: str, cfg: Any, quantization: str | None = None) -> Params:
     """Shapes and dtypes of a part's parameters, layers stacked; nothing is allocated."""
-    return nnx.to_pure_dict(_abstract_state(part, cfg))
+    return nnx.to_pure_dict(_abstract_state(part, cfg, quantization))
 
 
-def tensor_shapes(part: str, cfg: Any) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(part: str, cfg: Any, quantization: str | None = None) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the file of a part must hold."""
-    return {tensor.name: tensor.shape for tensor in lazy_tensors(abstract_params(part, cfg))}
+    return {tensor.name: tensor.shape for tensor in lazy_tensors(abstract_params(part, cfg, quantization))}
 
 
 def lazy_tensors(params: Params, dtype: Any = None) -> list[LazyTensor]:
@@ -82,7 +88,8 @@ def lazy_tensors(params: Params, dtype: Any = None) -> list[LazyTensor]:
     tensors = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = [str(key.key) for key in keys]
-        kind = np.dtype(dtype) if dtype is not None and jax.dtypes.issubdtype(leaf.dtype, np.floating) else leaf.dtype
+        casts = dtype is not None and jax.dtypes.issubdtype(leaf.dtype, np.floating) and path[-1] != SCALE
+        kind = np.dtype(dtype) if casts else leaf.dtype
         if path[0] == STACKED and not path[1].isdigit():
             for i in range(leaf.shape[0]):
                 name = ".".join([STACKED, str(i), *path[1:]])
@@ -117,6 +124,46 @@ def unstack(params: Params) -> Params:
     return {**params, STACKED: {i: jax.tree.map(lambda leaf: leaf[i], blocks) for i in range(count)}}  # noqa: B023
 
 
+# MARK: int8
+
+
+def quantized(tensors: Iterable[LazyTensor], part: str, cfg: Any) -> list[LazyTensor]:
+    """The tensors of a part's file as those of an int8 one; what is not quantised stays as it is."""
+    kernels, result = int8_kernels(part, cfg), []
+    for tensor in tensors:
+        if tensor.name not in kernels:
+            result.append(tensor)
+            continue
+
+        def values(tensor=tensor) -> tuple[np.ndarray, np.ndarray]:
+            kernel = np.asarray(tensor.make())
+            if not np.isfinite(kernel).all():
+                raise UserError(f"{tensor.name} holds infinities or NaN and has no int8 form; mend the weights")
+            return quantize(kernel)
+
+        name, (inputs, outputs) = kernels[tensor.name], tensor.shape
+        int8, scale = np.dtype(np.int8), np.dtype(np.float32)
+        result.append(LazyTensor(f"{name}.{INT8}", (outputs, inputs), int8, lambda values=values: values()[0]))
+        result.append(LazyTensor(f"{name}.{SCALE}", (outputs,), scale, lambda values=values: values()[1]))
+    return result
+
+
+def dequantized(tensors: Iterable[LazyTensor], part: str, cfg: Any) -> list[LazyTensor]:
+    """The tensors of an int8 file as those of a float one: kernels in float32, up to the rounding."""
+    by_name, result = {tensor.name: tensor for tensor in tensors}, []
+    for kernel, name in int8_kernels(part, cfg).items():
+        values, scale = by_name.pop(f"{name}.{INT8}"), by_name.pop(f"{name}.{SCALE}")
+        make = lambda values=values, scale=scale: dequantize(np.asarray(values.make()), np.asarray(scale.make()))
+        result.append(LazyTensor(kernel, values.shape[::-1], np.dtype(np.float32), make))
+    return result + list(by_name.values())
+
+
+def int8_kernels(part: str, cfg: Any) -> dict[str, str]:
+    """Name of each kernel that int8 is for, and of its layer."""
+    layers = [name.removesuffix(f".{INT8}") for name in tensor_shapes(part, cfg, INT8) if name.endswith(f".{INT8}")]
+    return {f"{layer}.kernel": layer for layer in layers}
+
+
 # MARK: reading a folder
 
 
@@ -136,6 +183,20 @@ def load_provenance(folder: str | os.PathLike) -> dict[str, Any]:
     return provenance
 
 
+def load_quantization(folder: str | os.PathLike) -> dict[str, str]:
+    """The parts that are stored quantised, and how; empty for most folders.
+
+    Raises:
+      UserError: in a way or a part that this program does not know.
+    """
+    stored = _read_config(folder).get("quantization") or {}
+    known = isinstance(stored, dict) and all(p in QUANTIZABLE and kind == INT8 for p, kind in stored.items())
+    if not known:
+        where = Path(folder) / "config.json"
+        raise UserError(f"{where}: quantization {stored!r} is not known; update longlive-jax, or copy the folder again")
+    return stored
+
+
 def _read_config(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
@@ -152,10 +213,18 @@ def _read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 def open_part(folder: str | os.PathLike, part: str, cfg: Any) -> SafetensorsPart:
     """The files of one part, checked against its sizes `cfg`; one UserError tells all that is wrong."""
-    path = Path(folder) / f"{part}.safetensors"
+    path, quantization = Path(folder) / f"{part}.safetensors", load_quantization(folder).get(part)
     files = SafetensorsPart.open(path)
-    raise_all(compare_shapes(str(path), tensor_shapes(part, cfg), files.shapes))
+    faults = compare_shapes(str(path), tensor_shapes(part, cfg, quantization), files.shapes)
+    floats = [name for name, dtype in files.dtypes.items() if name.endswith(f".{INT8}") and dtype != np.int8]
+    faults += [f"{path}: {', '.join(floats)} should be of type I8; convert the checkpoint again"] if floats else []
+    raise_all(faults)
     return files
+
+
+def stored_tensors(files: SafetensorsPart) -> list[LazyTensor]:
+    """What is in the files of a part, read when it is made."""
+    return [LazyTensor(n, shape, files.dtypes[n], lambda n=n: files.read(n)) for n, shape in files.shapes.items()]
 
 
 def check(folder: str | os.PathLike) -> ModelConfig:
@@ -169,14 +238,23 @@ def check(folder: str | os.PathLike) -> ModelConfig:
     return config
 
 
-def load(folder: str | os.PathLike, part: str, dtype: Any = None, *, stacked: bool = True) -> Params:
+def load(
+    folder: str | os.PathLike,
+    part: str,
+    dtype: Any = None,
+    *,
+    stacked: bool = True,
+    quantization: str | None = None,
+) -> Params:
     """The parameters of one part as numpy arrays, ready for `nnx.merge`.
 
     Args:
       folder: the checkpoint.
       part: "transformer", "vae" or "text_encoder".
-      dtype: of the arrays; None for what is stored.
+      dtype: of the arrays; None for what is stored. int8 values and their scales keep theirs.
       stacked: layers stacked on a leading axis, or apart, as for a module made with `stacked=False`.
+      quantization: "int8" for the parameters of a module made by `with_int8`, whether stored so or as floats; None for
+        floats, which an int8 folder gives dequantised.
 
     Raises:
       UserError: the part is not there, or its files are cut off or do not fit config.json (all faults at once).
@@ -184,18 +262,22 @@ def load(folder: str | os.PathLike, part: str, dtype: Any = None, *, stacked: bo
     cfg = getattr(load_config(folder), part)
     if cfg is None:
         raise UserError(f"{folder} has no {part.replace('_', ' ')}; convert it again from a folder that has one")
-    files = open_part(folder, part, cfg)
+    tensors, stored = stored_tensors(open_part(folder, part, cfg)), load_quantization(folder).get(part)
+    if stored != quantization:
+        tensors = (quantized if quantization else dequantized)(tensors, part, cfg)
+    by_name = {tensor.name: tensor for tensor in tensors}
     params: Params = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(part, cfg)):
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(part, cfg, quantization)):
         path = [key.key for key in keys]
+        kept = path[-1] in (INT8, SCALE)
         if path[0] == STACKED:
             names = [".".join(map(str, [STACKED, i, *path[1:]])) for i in range(leaf.shape[0])]
-            values = np.empty(leaf.shape, dtype or files.dtypes[names[0]])
+            values = np.empty(leaf.shape, leaf.dtype if kept else dtype or by_name[names[0]].dtype)
             for i, name in enumerate(names):
-                values[i] = files.read(name)
+                values[i] = by_name[name].make()
         else:
-            values = files.read(".".join(map(str, path)))
-            values = values.astype(dtype or values.dtype, copy=False)
+            values = by_name[".".join(map(str, path))].make()
+            values = values.astype(values.dtype if kept else dtype or values.dtype, copy=False)
         node = params
         for key in path[:-1]:
             node = node.setdefault(key, {})
@@ -207,13 +289,15 @@ def checkpoint_hash(folder: str | os.PathLike) -> str:
     """sha256 over sizes, tensors and tokeniser: the same for equal contents, however they are sharded.
 
     Quick: it reads the tensors' own hashes from the headers, and the values only of files that have none (not ours).
+    Parts that are not there do not count: the folder that training a VAE leaves has no other.
     """
     config = load_config(folder)
     digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
     for part in MODULES:
-        if getattr(config, part) is None:
+        path = Path(folder) / f"{part}.safetensors"
+        if getattr(config, part) is None or not list(Path(folder).glob(f"{path.name}*")):
             continue
-        files = SafetensorsPart.open(Path(folder) / f"{part}.safetensors")
+        files = SafetensorsPart.open(path)
         hashes = {name: value for file in files.files for name, value in file.metadata.items()}
         for name in sorted(files.shapes):
             value = hashes.get(name) or hashlib.sha256(files.read(name).tobytes()).hexdigest()
@@ -254,6 +338,7 @@ def save(
     provenance: dict[str, Any] | None = None,
     *,
     dtype: Any = None,
+    quantization: dict[str, str] | None = None,
     overwrite: bool = False,
     finish: Callable[[Path, dict[str, dict[str, str]]], None] | None = None,
     shard_bytes: int | None = None,
@@ -268,6 +353,7 @@ def save(
       tokenizer: a `PromptTokenizer`, or None.
       provenance: where the weights come from; anything JSON can hold.
       dtype: floating-point parameters of nested dicts are cast to it; None for as they are.
+      quantization: of the parts whose parameters are quantised, such as {"transformer": "int8"}.
       overwrite: replace a checkpoint that is there.
       finish: called with the complete folder and the hashes before it gets its name, such as `verify`; may add files,
         or refuse it by an error.
@@ -287,9 +373,11 @@ def save(
             faults.append(f"the config has no {part}")
             continue
         found = {tensor.name: tensor.shape for tensor in tensors}
-        faults += compare_shapes(part, tensor_shapes(part, getattr(config, part)), found)
+        expected = tensor_shapes(part, getattr(config, part), (quantization or {}).get(part))
+        faults += compare_shapes(part, expected, found)
     raise_all(faults, "the parameters do not fit the config: ")
-    values = {"format": FORMAT, **to_dict(config), "provenance": provenance or {}}
+    labels = {"quantization": quantization} if quantization else {}
+    values = {"format": FORMAT, **to_dict(config), **labels, "provenance": provenance or {}}
     with new_folder(folder) as new:
         (new / "config.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
         hashes = {part: write_part(new, part, tensors, shard_bytes or SHARD_BYTES) for part, tensors in parts.items()}

@@ -7,34 +7,29 @@ import os
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
+from longlive_jax import checkpoint
 from longlive_jax.cache import Window
 from longlive_jax.config import SPATIAL_FACTOR, TEMPORAL_FACTOR, ModelConfig, SamplerConfig
 from longlive_jax.errors import UserError
 from longlive_jax.models.attention import LOGITS_LIMIT
-from longlive_jax.models.text_encoder import TextEncoder
-from longlive_jax.models.transformer import WanTransformer
-from longlive_jax.models.vae import VAE
+from longlive_jax.models.quantization import INT8, SCALE
 
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
-def count_params(make) -> int:
-    """Parameters of a network, counted; allocates nothing."""
-    return sum(math.prod(a.shape) for a in jax.tree.leaves(nnx.state(nnx.eval_shape(make))))
-
-
-def weights(config: ModelConfig, dtype) -> dict[str, int]:
-    """Bytes of the parameters, by network."""
-    parts = {
-        "transformer": lambda: WanTransformer(config.transformer, rngs=nnx.Rngs(0)),
-        "VAE": lambda: VAE(config.vae, rngs=nnx.Rngs(0)),
-    }
-    if config.text_encoder is not None:
-        parts["text encoder"] = lambda: TextEncoder(config.text_encoder, rngs=nnx.Rngs(0))
-    return {name: count_params(make) * jnp.dtype(dtype).itemsize for name, make in parts.items()}
+def weights(config: ModelConfig, dtype, quantization: dict[str, str] | None = None) -> dict[str, int]:
+    """Bytes of the parameters, by network; those of the parts in `quantization` in int8 where they can be."""
+    parts = {"transformer": "transformer", "vae": "VAE"}
+    parts |= {"text_encoder": "text encoder"} if config.text_encoder is not None else {}
+    found = {}
+    for part, name in parts.items():
+        params = checkpoint.abstract_params(part, getattr(config, part), (quantization or {}).get(part))
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        size = lambda path, leaf: leaf.dtype.itemsize if path[-1].key in (INT8, SCALE) else jnp.dtype(dtype).itemsize
+        found[name] = sum(math.prod(leaf.shape) * size(path, leaf) for path, leaf in leaves)
+    return found
 
 
 def estimate(
@@ -82,11 +77,14 @@ def available(mesh: Mesh | None = None) -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
 
 
-def check_weights(config: ModelConfig, dtype, mesh: Mesh | None = None) -> None:
+def check_weights(
+    config: ModelConfig, dtype, mesh: Mesh | None = None, quantization: dict[str, str] | None = None
+) -> None:
     """Refuses a checkpoint that does not fit the memory, before it is read."""
-    parts, free = weights(config, dtype), available(mesh)
+    parts, free = weights(config, dtype, quantization), available(mesh)
     if free is not None and sum(parts.values()) > free:
-        smaller = "" if jnp.dtype(dtype).itemsize <= 2 else "use bfloat16, or "
+        ways = ["bfloat16"] * (jnp.dtype(dtype).itemsize > 2) + [f"quantize {INT8}"] * (not quantization)
+        smaller = f"use {' or '.join(ways)}, or " if ways else ""
         raise UserError(
             f"the weights need {describe(parts)}, but only {readable(free)} are free; {smaller}run where there is more"
         )

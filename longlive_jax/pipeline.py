@@ -42,6 +42,7 @@ from longlive_jax.decoding.state import BlockInputs, BlockOutput, drop_filler
 from longlive_jax.decoding.switch import how_to_recache
 from longlive_jax.errors import UserError
 from longlive_jax.models.layers import structure
+from longlive_jax.models.quantization import INT8, resolve_matmul, with_int8
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
@@ -133,6 +134,8 @@ class LongLivePipeline:
       mesh: devices to spread over, or None for one.
       program: how the programs are built, as decided for the backend.
       params: of the transformer (layers stacked, or apart if `program` unrolls them) and the VAE.
+      quantization: how the parts that are quantised are, such as {"transformer": "int8"}.
+      int8_matmul: how the transformer multiplies with int8 weights, see `longlive_jax.models.quantization`.
     """
 
     def __init__(
@@ -144,6 +147,8 @@ class LongLivePipeline:
         dtype: Any = jnp.float32,
         mesh: jax.sharding.Mesh | None = None,
         program: ProgramConfig | None = None,
+        quantization: dict[str, str] | None = None,
+        int8_matmul: str = "auto",
         checkpoint_info: dict[str, Any] | None = None,
         note: Callable[[str], None] | None = None,
     ):
@@ -160,9 +165,11 @@ class LongLivePipeline:
         if not stacked:
             parts["transformer"] = checkpoint.unstack(parts["transformer"])
         self.params = sharding.shard_params(parts, mesh)
-        self._transformer = structure(
-            lambda: WanTransformer(config.transformer, stacked=stacked, split_kv=program.split_kv, rngs=nnx.Rngs(0))
-        )
+        self.quantization = quantization or {}
+        self.int8_matmul = _decide_matmul(int8_matmul, self.quantization)
+        make = lambda: WanTransformer(config.transformer, stacked=stacked, split_kv=program.split_kv, rngs=nnx.Rngs(0))
+        quantized = "transformer" in self.quantization
+        self._transformer = structure((lambda: with_int8(make(), self.int8_matmul)) if quantized else make)
         self._vae = structure(lambda: VAE(config.vae, impl=program.vae_conv, rngs=nnx.Rngs(0)))
         self._embeds: dict[str, jax.Array] = {}
 
@@ -174,6 +181,9 @@ class LongLivePipeline:
         dtype: Any = None,
         mesh=None,
         program: ProgramConfig | None = None,
+        quantize: str | None = None,
+        quantize_text_encoder: bool = False,
+        int8_matmul: str = "auto",
         note: Callable[[str], None] | None = None,
     ) -> LongLivePipeline:
         """Loads a checkpoint.
@@ -183,6 +193,11 @@ class LongLivePipeline:
           dtype: of weights and activations; bfloat16 on an accelerator, float32 on a CPU by default.
           mesh: see `longlive_jax.sharding.make_mesh`.
           program: how programs are built; what suits the backend by default.
+          quantize: "int8" for the weights of the transformer's blocks: half the memory, slightly other videos. A folder
+            that is stored in int8 is loaded as such in any case.
+          quantize_text_encoder: with `quantize`, the text encoder's blocks too.
+          int8_matmul: "weight_only" (int8 weights, products in `dtype`), "w8a8" (activations in int8 too, for hardware
+            with int8 units) or "auto" (w8a8 on such hardware).
           note: gets one-line messages; standard error by default.
 
         Raises:
@@ -191,13 +206,18 @@ class LongLivePipeline:
         folder = hub.find(source)
         config = checkpoint.load_config(folder)
         dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
-        memory.check_weights(config, dtype, mesh)
+        quantization = checkpoint.load_quantization(folder) | _asked_quantization(quantize, quantize_text_encoder)
+        _decide_matmul(int8_matmul, quantization)  # before anything is read
+        memory.check_weights(config, dtype, mesh, quantization)
         parts = ["transformer", "vae"] + ["text_encoder"] * (config.text_encoder is not None)
-        params = {part: checkpoint.load(folder, part, dtype) for part in parts}
+        params = {part: checkpoint.load(folder, part, dtype, quantization=quantization.get(part)) for part in parts}
         has_tokenizer = (folder / "tokenizer.json").exists()
         tokenizer = PromptTokenizer.from_folder(folder, config.transformer.text_length) if has_tokenizer else None
         info = {"name": str(source), "hash": checkpoint.checkpoint_hash(folder)}
-        return cls(config, params, tokenizer, dtype=dtype, mesh=mesh, program=program, checkpoint_info=info, note=note)
+        return cls(
+            config, params, tokenizer, dtype=dtype, mesh=mesh, program=program, quantization=quantization,
+            int8_matmul=int8_matmul, checkpoint_info=info, note=note,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -300,7 +320,9 @@ class LongLivePipeline:
             tokens = self._tokenizer(new)
             for text in (t for t, cut in zip(new, tokens.truncated) if cut):
                 self._note(f"prompt longer than {self.config.transformer.text_length} tokens, cut: {text[:60]}...")
-            graph = structure(lambda: TextEncoder(self.config.text_encoder, rngs=nnx.Rngs(0)))
+            make = lambda: TextEncoder(self.config.text_encoder, rngs=nnx.Rngs(0))
+            # Its weights are read once a prompt: int8 saves memory there, and no time that w8a8 could gain counts.
+            graph = structure((lambda: with_int8(make())) if "text_encoder" in self.quantization else make)
             embeds = _encode_text(graph, self._text_params, tokens.ids, tokens.mask, self.dtype)
             self._embeds.update(zip(new, embeds))
         return jnp.stack([self._embeds[t] for t in texts])
@@ -309,6 +331,13 @@ class LongLivePipeline:
         """The pure decoder behind this pipeline, for those who jit it themselves; use with `params`."""
         window = Window.of(sampler, num_frames)
         return Decoder(self._transformer, self._vae, sampler, window, dtype=self.dtype.name)
+
+    def quantization_record(self) -> dict[str, Any]:
+        """What `from_pretrained` needs to load the same weights from a float checkpoint; nothing for float ones."""
+        if "transformer" not in self.quantization:
+            return {}
+        text = "text_encoder" in self.quantization
+        return {"quantize": INT8, "quantize_text_encoder": text, "int8_matmul": self.int8_matmul}
 
     def _plan(self, schedule: Schedule, sampler: SamplerConfig, seconds: float | None, endless: bool) -> Plan:
         if endless:
@@ -443,7 +472,7 @@ class VideoStream:
 
     def run_record(self, timings: dict[str, Any]) -> dict[str, Any]:
         """Settings, checkpoint and timings for a sidecar."""
-        settings = to_dict(self.sampler) | {"dtype": self.pipe.dtype.name}
+        settings = to_dict(self.sampler) | {"dtype": self.pipe.dtype.name} | self.pipe.quantization_record()
         return {"settings": settings, "checkpoint": self.pipe.checkpoint_info, "timings": timings}
 
     def _prompt_for(self, block: int):
@@ -462,6 +491,21 @@ class VideoStream:
     def _encode(self, prompts: Sequence[tuple[str, ...]]) -> jax.Array:
         """[P, B, L, D] for B videos of P prompts each."""
         return jnp.stack([self.pipe.encode_prompts(texts) for texts in zip(*prompts)])
+
+
+def _asked_quantization(quantize: str | None, text_encoder: bool) -> dict[str, str]:
+    if quantize not in (None, INT8):
+        raise UserError(f"quantize is '{quantize}'; {INT8} is known, or leave it out")
+    if text_encoder and quantize is None:
+        raise UserError(f"quantize_text_encoder goes with quantize {INT8}; add that too")
+    return {part: INT8 for part in ["transformer"] * bool(quantize) + ["text_encoder"] * text_encoder}
+
+
+def _decide_matmul(int8_matmul: str, quantization: dict[str, str]) -> str:
+    matmul = resolve_matmul(int8_matmul)
+    if int8_matmul != "auto" and "transformer" not in quantization:
+        raise UserError(f"int8_matmul {int8_matmul} is for int8 weights; add quantize {INT8}, or leave it out")
+    return matmul
 
 
 def _decide_rope(sampler: SamplerConfig, num_frames: int | None) -> SamplerConfig:

@@ -28,6 +28,11 @@ PARAM_SPECS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/.*ffn/up/kernel", ("fsdp", "tensor")),  # [D, F]
     (r"blocks/.*ffn/down/kernel", ("tensor", "fsdp")),  # [F, D]
     (r"blocks/.*ffn/up/bias", ("tensor",)),  # [F]
+    # int8 layers have the summed axis last, and a scale an output channel.
+    (r"blocks/.*(self_attn|cross_attn)/(q|k|v)/int8|blocks/.*ffn/up/int8", ("tensor", "fsdp")),
+    (r"blocks/.*(self_attn|cross_attn)/o/int8|blocks/.*ffn/down/int8", ("fsdp", "tensor")),
+    (r"blocks/.*(self_attn|cross_attn)/(q|k|v)/scale|blocks/.*ffn/up/scale", ("tensor",)),
+    (r"blocks/.*(self_attn|cross_attn)/o/scale|blocks/.*ffn/down/scale", ("fsdp",)),
     (r"(patch_embedding|text_embedding/.*|time_embedding/.*|time_projection|head/linear)/kernel", ("fsdp", None)),
 )
 

@@ -30,11 +30,16 @@ MAX_BYTES = 256 * 2**20
 """umT5's tokenizer.json has 17 MB. A larger file is none and is not read."""
 
 
+PLAIN = re.compile(r"[\t\n -%'-~]*")
+"""ASCII without "&" and control characters: ftfy and HTML have nothing to mend in it."""
+
+
 def clean(text: str) -> str:
     """Wan's prompt cleaning: mends mojibake, unescapes HTML twice, makes each run of white space one blank, strips."""
-    import ftfy  # here, so that weights can be converted and recorded without it
+    if PLAIN.fullmatch(text) is None:
+        import ftfy  # here, so that weights can be converted and recorded without it
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
 

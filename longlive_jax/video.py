@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import IO, Literal, Self
 
 import imageio.v3 as iio
-import imageio_ffmpeg
 import numpy as np
 
 from longlive_jax.config import FPS
@@ -61,8 +60,10 @@ def require_free(path: str | os.PathLike, overwrite: bool) -> Path:
 
 def _ffmpeg() -> str:
     try:
+        import imageio_ffmpeg  # here: pictures are written without it
+
         return imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
+    except (RuntimeError, ModuleNotFoundError) as error:
         raise UserError(
             "no ffmpeg found; reinstall imageio-ffmpeg (pip install --force-reinstall imageio-ffmpeg) "
             "or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264"

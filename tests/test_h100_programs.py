@@ -26,7 +26,7 @@ CACHE = 2 * LAYERS * 12 * 1560 * 1536 * 2
 
 @pytest.fixture
 def built(tmp_path):
-    """Counts and memory of a program, from a process of its own: jax's plugin gives no compiler beside its CPU."""
+    """Counts and memory of a program; from a process of its own, where jax is told first that there is no GPU."""
 
     def run(program: str, *options: str):
         command = [sys.executable, AOT, program, "--layers", LAYERS, *options, "--json", tmp_path / "counts.json"]

@@ -8,6 +8,7 @@ import pytest
 from longlive_jax import checkpoint, memory
 from longlive_jax.config import ModelConfig, SamplerConfig, replace
 from longlive_jax.errors import UserError
+from longlive_jax.models.attention import LOGITS_LIMIT
 from longlive_jax.pipeline import LongLivePipeline
 
 PROMPT = "a small red star stays still"
@@ -48,10 +49,10 @@ def test_known_sizes():
 @pytest.mark.parametrize(
     ("change", "grown"),
     [
-        ({"window": 24}, {"KV cache", "transformer activations"}),
+        ({"window": 24}, {"KV cache"}),  # logits are built in chunks of one size
         ({"block_frames": 6}, {"transformer activations", "VAE activations"}),
         ({"height": 960}, {"KV cache", "transformer activations", "VAE activations"}),
-        ({"window": -1}, {"KV cache", "transformer activations"}),
+        ({"window": -1}, {"KV cache"}),
         ({"sink_frames": 1}, set()),
     ],
 )
@@ -66,7 +67,10 @@ def test_what_grows_with_which_setting(change, grown):
 def test_what_grows_with_batch_length_dtype_and_switches():
     config, sampler = ModelConfig.t2v_1_3b(), SamplerConfig()
     one = memory.estimate(config, sampler, 1, 60, "float32")
-    assert memory.estimate(config, sampler, 3, 60, "float32") == {name: 3 * part for name, part in one.items()}
+    three, logits = memory.estimate(config, sampler, 3, 60, "float32"), 2 * LOGITS_LIMIT
+    for name, part in one.items():
+        alike = logits if name == "transformer activations" else 0
+        assert three[name] - alike == 3 * (part - alike), name
     assert memory.estimate(config, sampler, 1, 6000, "float32") == one, "a longer video needs no more"
     half = memory.estimate(config, sampler, 1, 60, "bfloat16")
     assert all(half[name] < one[name] for name in one)
@@ -97,12 +101,14 @@ def test_too_little_memory_for_the_weights(tiny_checkpoint, tiny_config, monkeyp
     monkeypatch.setattr(checkpoint, "load", lambda *args: read.append(args))
     monkeypatch.setattr(memory, "available", lambda mesh: 2048)
     with pytest.raises(
-        UserError, match="but only 2.0 KiB are free; use bfloat16, or run where there is more$"
+        UserError, match="but only 2.0 KiB are free; use bfloat16 or quantize int8, or run where there is more$"
     ) as caught:
         LongLivePipeline.from_pretrained(tiny_checkpoint)
     assert str(caught.value).startswith(f"the weights need {memory.describe(memory.weights(tiny_config, 'float32'))}")
-    with pytest.raises(UserError, match="are free; run where there is more$"):
+    with pytest.raises(UserError, match="are free; use quantize int8, or run where there is more$"):
         LongLivePipeline.from_pretrained(tiny_checkpoint, dtype="bfloat16")
+    with pytest.raises(UserError, match="are free; run where there is more$"):
+        LongLivePipeline.from_pretrained(tiny_checkpoint, dtype="bfloat16", quantize="int8")
     assert not read
 
 

@@ -1,6 +1,9 @@
 """How programs are built: every way gives the same video; and none copies, calls the host, or is compiled again."""
 
+import importlib.util
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +115,27 @@ def test_buffers_are_written_in_place_and_the_host_is_not_called(tiny_pipeline):
         calls = re.findall(r'custom_call_target="([^"]*)"', compiled.as_text())
         assert not [c for c in calls if "callback" in c], name
         assert not re.search(r"\b(infeed|outfeed|send|recv)\(", compiled.as_text()), name
+
+
+def test_the_census_counts_what_runs():
+    """Of `experiments/speed/aot.py`, on a program for a CPU."""
+    path = Path(__file__).parents[1] / "experiments" / "speed" / "aot.py"
+    spec = importlib.util.spec_from_file_location("aot", path)
+    aot = importlib.util.module_from_spec(spec)
+    sys.modules["aot"] = aot
+    spec.loader.exec_module(aot)
+
+    def program(x, w):
+        y, _ = jax.lax.scan(lambda y, _: (jnp.tanh(y @ w), None), x, None, length=7)
+        return y, jnp.flip(x, 0)
+
+    x, w = jnp.ones((512, 512)), jnp.ones((512, 512))
+    count = aot.census(jax.jit(program).lower(x, w).compile().as_text())
+    assert count["loops, trips"] == [7] and count["launches"] >= 8
+    moved = count["moved, 1 MB or more"]
+    assert sum(n for what, n in moved.items() if "reverse" in what and "bytes" not in what) == 1, moved
+    assert 7 * 3 * x.nbytes / 1e9 <= count["GB read and written"]["all"] < 0.2
+    assert aot.type_bytes("(bf16[2,3]{1,0}, s32[], pred[5])") == 12 + 4 + 5
 
 
 def test_host_and_device_choose_the_same_recache(tiny_pipeline):

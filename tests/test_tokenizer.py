@@ -1,17 +1,22 @@
 """Prompt cleaning, the tokenizer in its three origins, and the reader of sentencepiece files."""
 
+import html
 import os
+import re
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from longlive_jax.errors import UserError
-from longlive_jax.tokenizer import PromptTokenizer, clean, read_sentencepiece, train_unigram
+from longlive_jax.tokenizer import PLAIN, PromptTokenizer, clean, read_sentencepiece, train_unigram
 
 PROMPTS = [
     f"a {size} {colour} circle {motion} over a {place}"
@@ -41,6 +46,14 @@ PROMPTS = [
 )
 def test_clean(text, expected):
     assert clean(text) == expected
+
+
+@given(st.text(st.characters(codec="ascii"), max_size=40))
+def test_what_is_not_mended_has_nothing_to_mend(text):
+    """Plain prompts are cleaned without ftfy, which a training machine may lack."""
+    if PLAIN.fullmatch(text):
+        mended = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        assert clean(text) == re.sub(r"\s+", " ", mended).strip()
 
 
 # MARK: a spiece.model written by hand

@@ -1,6 +1,7 @@
 """A stage so small that the trainer can be tested in seconds: a linear map, learnt from noisy pairs.
 
-Run as a script it is a run of its own, to be killed: `python toy_stage.py OUTPUT [--resume] [--die-at STEP]`.
+Run as a script it is a run of its own, to be killed: `python toy_stage.py OUTPUT [--resume] [--die-at STEP]`, or one
+of several processes: `--distributed`, on a mesh of `--devices N`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from longlive_jax.training.stage_config import OptimizerConfig, RunConfig, StageConfig
 from longlive_jax.training.stages.base import Stage
-from longlive_jax.training.step import Turn
+from longlive_jax.training.step import Part, Turn
 from longlive_jax.training.trainer import train
 
 
@@ -29,6 +30,7 @@ class ToyPhase:
     steps: int
     batch_size: int = 4
     rate: float = 0.05
+    minutes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,11 @@ class ToyStage(Stage):
             self.on_step(step + (6 if phase.name == "two" else 0))
         return self._turns(step in self.poison)
 
+    def parts(self, phase, step):
+        add = lambda nets, carry, batch, key, made: batch["x"] + nets["goal"]
+        double = lambda nets, carry, batch, key, made: 2 * made["add"]
+        return Part("add", add, 1.0), Part("double", double, 0.5)
+
     def validate(self, best, frozen):
         return {"validation_error": float(np.abs(best["toy"]["w"] - frozen["goal"]).mean())}, np.zeros(
             (2, 16, 16, 3), np.uint8
@@ -118,7 +125,15 @@ def main(output: str, *options: str) -> None:
         if step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    stage = ToyStage(ToyConfig(), Path(output), on_step=on_step)
+    config = ToyConfig()
+    if "--distributed" in options:
+        from longlive_jax.cli.train import join_others
+
+        join_others()
+    if "--devices" in options:
+        devices = int(options[options.index("--devices") + 1])
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, streams=2 * devices, data=devices))
+    stage = ToyStage(config, Path(output), on_step=on_step)
     train(stage, Path(output), Silent(), resume="--resume" in options)
 
 

@@ -297,6 +297,13 @@ class Case:
         self.params = {"transformer": abstract(make), "vae": abstract(make_vae)}
         self.embeds = jax.ShapeDtypeStruct((1, self.cfg.text_length, self.cfg.text_dim), jnp.bfloat16)
 
+    def least(self) -> dict[str, float]:
+        """GB that a pass must read: every layer's weights, and the keys and values of a full window."""
+        state = self.state(self.decoder(False))
+        gigabytes = lambda tree: round(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) / 1e9, 2)
+        weights = gigabytes(self.params["transformer"]["blocks"])
+        return {"weights": weights, "cache": gigabytes((state.cache.k, state.cache.v))}
+
     def decoder(self, pixels: bool) -> Decoder:
         transformer, vae = self.graphs
         return Decoder(transformer, vae if pixels else None, self.sampler, self.window, "bfloat16", self.unroll)
@@ -387,6 +394,7 @@ def main():
         args.donate_vae,
     )  # fmt: skip
     options = compiler_options("gpu") | {k: _value(v) for k, v in (one.split("=", 1) for one in args.option)}
+    print("GB that a pass must read:", case.least())
     results = {}
     for name in args.program:
         started = time.monotonic()

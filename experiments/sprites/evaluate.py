@@ -33,6 +33,33 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def evaluate(pipe: LongLivePipeline, clips: int, seconds: float, batch_size: int, **settings) -> tuple[dict, list]:
+    """Adherence of `clips` clips over their last second, with 95 % intervals by Wilson.
+
+    Returns:
+      A report; and seven frames of each clip, with its combination and reading.
+    """
+    pool = combinations_of("test")
+    order = np.random.default_rng(0).permutation(len(pool))
+    combinations = [pool[int(i)] for i in np.resize(order, clips)]
+    readings, sheets, started = [], [], time.monotonic()
+    for start in range(0, clips, batch_size):
+        part = combinations[start : start + batch_size]
+        seeds = list(range(start, start + len(part)))
+        video = pipe([canonical(c) for c in part], seconds=seconds, seed=seeds, **settings)
+        readings += [read(frames[-FPS:]) for frames in video.frames]
+        sheets += [frames[:: max(1, len(frames) // 6)][:7] for frames in video.frames]
+    figures = {
+        name: {"share": share, "interval": wilson(share, clips)}
+        for name, share in adherence(readings, combinations).items()
+    }
+    report = {
+        "checkpoint": pipe.checkpoint_info, "clips": clips, "seconds": seconds, "adherence": figures,
+        "settings": settings, "minutes": round((time.monotonic() - started) / 60, 2), "versions": versions(),
+    }  # fmt: skip
+    return report, list(zip(sheets, combinations, readings))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="sprites")
@@ -43,33 +70,17 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("outputs/adherence"))
     args = parser.parse_args()
 
-    pool = combinations_of("test")
-    order = np.random.default_rng(0).permutation(len(pool))
-    combinations = [pool[int(i)] for i in np.resize(order, args.clips)]
     settings = {"steps": args.steps} if args.steps else {}
     pipe = LongLivePipeline.from_pretrained(args.checkpoint)
-    readings, sheets, started = [], [], time.monotonic()
-    for start in range(0, args.clips, args.batch_size):
-        part = combinations[start : start + args.batch_size]
-        seeds = list(range(start, start + len(part)))
-        video = pipe([canonical(c) for c in part], seconds=args.seconds, seed=seeds, **settings)
-        readings += [read(frames[-FPS:]) for frames in video.frames]
-        sheets += [frames[:: max(1, len(frames) // 6)][:7] for frames in video.frames]
-    figures = {
-        name: {"share": share, "interval": wilson(share, len(readings))}
-        for name, share in adherence(readings, combinations).items()
-    }
-    report = {
-        "checkpoint": pipe.checkpoint_info, "clips": args.clips, "seconds": args.seconds, "adherence": figures,
-        "settings": settings, "minutes": round((time.monotonic() - started) / 60, 2), "versions": versions(),
-    }  # fmt: skip
+    report, seen = evaluate(pipe, args.clips, args.seconds, args.batch_size, **settings)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "adherence.json").write_text(json.dumps(report, indent=1) + "\n")
-    save_image(contact_sheet(np.concatenate(sheets[:16]), 14, scale=2), args.output / "clips.png")
+    sheets = np.concatenate([sheet for sheet, *_ in seen[:16]])
+    save_image(contact_sheet(sheets, 14, scale=2), args.output / "clips.png")
     for name in (*ATTRIBUTES, "all"):
-        low, high = figures[name]["interval"]
-        print(f"{name:12} {figures[name]['share']:6.1%}  ({low:.1%} to {high:.1%})")
-    for combination, reading in list(zip(combinations, readings))[:8]:
+        share, (low, high) = report["adherence"][name].values()
+        print(f"{name:12} {share:6.1%}  ({low:.1%} to {high:.1%})")
+    for _, combination, reading in seen[:8]:
         print(canonical(combination), "->", {name: getattr(reading, name) for name in ATTRIBUTES})
 
 

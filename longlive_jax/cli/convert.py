@@ -19,7 +19,7 @@ from longlive_jax.errors import UserError
 
 @dataclasses.dataclass
 class Convert:
-    """Convert Wan / LongLive files (PyTorch) to a checkpoint folder, or a checkpoint folder to PyTorch files.
+    """Convert Wan / LongLive files (PyTorch) to a checkpoint folder, or a checkpoint folder to PyTorch files or int8.
 
     Attributes:
       output: the folder to write.
@@ -29,9 +29,11 @@ class Convert:
       generator_key: which entry of that file: generator, generator_ema or model; the first present by default.
       lora: LoRA files to merge, each FILE or FILE:scale, with the names of peft, diffusers, ComfyUI or kohya.
       lora_alpha: alpha of the LoRAs whose files do not say it; their rank by default.
-      checkpoint: a checkpoint folder to convert back.
+      checkpoint: a checkpoint folder to convert back, or to int8.
       to: what to: torch (LongLive's and Wan's own files) or diffusers.
       dtype: of the tensors written; bfloat16 by default, on the way back as stored.
+      quantize: int8 for the linear layers inside the transformer's blocks; halves it, at a small loss.
+      quantize_text_encoder: with --quantize, the text encoder's blocks too.
       verify: read everything back, compare checksums and, with PyTorch, the numbers of each layer with the source's.
       overwrite: replace an output that exists.
     """
@@ -45,13 +47,16 @@ class Convert:
     checkpoint: str | None = None
     to: Literal["torch", "diffusers"] | None = None
     dtype: Literal["bfloat16", "float32"] | None = None
+    quantize: Literal["int8"] | None = None
+    quantize_text_encoder: bool = False
     verify: bool = False
     overwrite: bool = False
 
     def run(self) -> int:
         self.check()
+        run = self.convert if self.wan else self.export if self.to else self.to_int8
         with ConsoleProgress(Console(stderr=True)) as progress:
-            report = self.convert(progress) if self.wan else self.export(progress)
+            report = run(progress)
         for warning in report.get("warnings", ()):
             print(f"warning: {warning}", file=sys.stderr)
         print(f"{self.output}: {report['summary']}")
@@ -65,8 +70,16 @@ class Convert:
             )
         if self.to and not self.checkpoint:
             raise UserError(f"--to {self.to} needs the checkpoint folder to convert; add --checkpoint DIR")
-        if self.checkpoint and not self.to:
-            raise UserError("--checkpoint is converted to PyTorch files; add --to torch or --to diffusers")
+        if self.to and self.quantize:
+            raise UserError("PyTorch files are not written in int8; leave out --to or --quantize")
+        if self.checkpoint and not self.to and not self.quantize:
+            raise UserError(
+                "--checkpoint is converted to something; add --to torch or --to diffusers, or --quantize int8"
+            )
+        if self.quantize_text_encoder and not self.quantize:
+            raise UserError("--quantize-text-encoder goes with --quantize int8; add that too")
+        if self.checkpoint and self.quantize and self.dtype:
+            raise UserError("--quantize leaves the rest of a --checkpoint as it is stored; leave out --dtype")
         if not self.wan and not self.checkpoint:
             raise UserError("nothing to convert; give --wan FOLDER, or --checkpoint DIR --to torch|diffusers")
         forward = ("generator", "generator_key", "lora", "lora_alpha", "verify")
@@ -85,6 +98,7 @@ class Convert:
             loras=[parse_lora(text) for text in self.lora],
             lora_alpha=self.lora_alpha,
             dtype=self.dtype or "bfloat16",
+            quantize=self._quantized_parts(),
             verify=self.verify,
             overwrite=self.overwrite,
             progress=progress,
@@ -96,6 +110,16 @@ class Convert:
 
         folder = hub.find(self.checkpoint)
         return export(folder, self.output, self.to, dtype=self.dtype, overwrite=self.overwrite, progress=progress)
+
+    def to_int8(self, progress: Progress) -> dict[str, Any]:
+        from longlive_jax import hub
+        from longlive_jax.conversion.quantize import quantize_folder
+
+        folder, parts = hub.find(self.checkpoint), self._quantized_parts()
+        return quantize_folder(folder, self.output, parts, overwrite=self.overwrite, progress=progress)
+
+    def _quantized_parts(self) -> list[str]:
+        return ["transformer"] * bool(self.quantize) + ["text_encoder"] * self.quantize_text_encoder
 
 
 class ConsoleProgress(Progress):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from longlive_jax.compilation import keep_compiled_programs
 from longlive_jax.errors import UserError
-from longlive_jax.training.stage_config import (
-    InitTrainConfig,
-    LongTrainConfig,
-    StageConfig,
-    StudentTrainConfig,
-    TeacherTrainConfig,
-    VAETrainConfig,
-    read_config,
-)
-
-STAGES: dict[str, type[StageConfig]] = {
-    kind.stage: kind
-    for kind in (VAETrainConfig, TeacherTrainConfig, StudentTrainConfig, InitTrainConfig, LongTrainConfig)
-}
+from longlive_jax.training.stage_config import STAGES, StageConfig, read_config
 
 
 @dataclasses.dataclass
@@ -41,6 +29,9 @@ class StageRun:
       config: YAML file of settings; what it leaves out is the stage's own.
       smoke: the same stage at tiny sizes, to see it run through.
       resume: go on with the run in output, with the settings that it began with.
+      check: say what it needs of each device's memory, by shapes alone, and stop; no checkpoint is needed.
+      distributed: this is one of several processes (jax.distributed; each is told of the others by its cluster, or by
+        JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID).
     """
 
     output: Path
@@ -48,21 +39,54 @@ class StageRun:
     config: Path | None = None
     smoke: bool = False
     resume: bool = False
+    check: bool = False
+    distributed: bool = False
 
     def run(self) -> int:
         keep_compiled_programs()
         # Imported here: `--help` and bad input must not wait for jax.
         try:
+            from longlive_jax.checkpoint import load_provenance
             from longlive_jax.training.stages import stage_of
-            from longlive_jax.training.trainer import train
+            from longlive_jax.training.trainer import described_memory, train
         except ModuleNotFoundError as error:
             raise UserError(f"training needs {error.name}: pip install 'longlive-jax[train]'") from None
-        with ConsoleReporter(self.settings.steps) as reporter:
+        if self.check:
+            print(described_memory(stage_of(self.settings, self.output, lambda line: None)))
+            return 0
+        if self.smoke:
+            import jax
+
+            # What runs twice need not be fast.
+            jax.config.update("jax_disable_most_optimizations", True)
+        first = join_others() if self.distributed else True
+        with ConsoleReporter(self.settings.steps, quiet=not first) as reporter:
             stage = stage_of(self.settings, self.output, reporter.say)
             folder = train(stage, self.output, reporter, resume=self.resume)
-        if folder is not None:
-            print(f"{folder}: stage {self.settings.stage} is done after {self.settings.steps} steps")
+        if folder is not None and first:
+            steps = load_provenance(folder)["steps"]
+            print(f"{folder}: stage {self.settings.stage} is done after {steps} steps")
         return 0
+
+
+def join_others() -> bool:
+    """Makes this process one of several; whether it is the first."""
+    import jax
+
+    number = {
+        argument: int(os.environ[name])
+        for argument, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
+        if name in os.environ
+    }
+    try:
+        jax.distributed.initialize(**number)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the other processes cannot be joined ({reason}); set JAX_COORDINATOR_ADDRESS (host:port of the first), "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or leave --distributed out"
+        ) from error
+    return jax.process_index() == 0
 
 
 def train_command(args: Sequence[str]) -> Any:
@@ -92,7 +116,7 @@ def _defaults(kind: type[StageConfig], args: Sequence[str]) -> StageConfig:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--output")
-    for flag in ("--smoke", "--resume"):
+    for flag in ("--smoke", "--resume", "--check", "--distributed"):
         parser.add_argument(flag, action="store_true")
     try:
         known, _ = parser.parse_known_args(args)
@@ -109,8 +133,8 @@ def _defaults(kind: type[StageConfig], args: Sequence[str]) -> StageConfig:
 class ConsoleReporter:
     """Progress on standard error: a bar with the time left on a terminal, a line at a time in a log."""
 
-    def __init__(self, total: int):
-        self._console = Console(stderr=True)
+    def __init__(self, total: int, *, quiet: bool = False):
+        self._console = Console(stderr=True, quiet=quiet)
         columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[note]}")
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("starting", total=total, note="compiling")
@@ -136,7 +160,7 @@ class ConsoleReporter:
         )
         losses = ", ".join(f"{n} {v:.4g}" for n, v in figures.items() if n.endswith("loss"))
         note = f"step {done} of {total}, {losses}, {figures['seconds']:.3g} s a step, {duration(left)} left"
-        self._bar.update(self._task, completed=done, description=phase, note=note)
+        self._bar.update(self._task, completed=done, total=total, description=phase, note=note)
         if not self._console.is_terminal:
             self.say(f"{phase}: {note}")
 

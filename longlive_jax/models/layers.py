@@ -61,9 +61,23 @@ def layer_norm(x: Num[Array, "... d"], eps: float) -> Float[Array, "... d"]:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
+def map_linears(layers: nnx.Module, make: Callable[[Linear], nnx.Module]) -> None:
+    """Puts `make(linear)` in the place of every plain linear layer in `layers`."""
+    found = []
+    for _, module in nnx.iter_modules(layers):
+        found += [(module, name, child) for name, child in vars(module).items() if type(child) is Linear]
+    for module, name, child in found:
+        setattr(module, name, make(child))
+
+
 def structure(make: Callable[[], nnx.Module]) -> nnx.GraphDef:
     """What a network is without its parameters; allocates nothing."""
     return nnx.split(nnx.eval_shape(make))[0]
+
+
+def initial(make: Callable[[], nnx.Module]) -> dict[str, Any]:
+    """First parameters of a network, drawn by one program: one by one, every shape would be compiled on its own."""
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -1,7 +1,7 @@
 """Attention on a TPU: JAX's splash kernel (Pallas, compiled by Mosaic), fitted to our shapes.
 
 The kernel wants lengths that its tiles divide, heads a multiple of 128 wide and scaled queries, and the compiler cannot
-cut it over a mesh by itself. So here lengths are padded to tiles (4680 queries to 4736, 18720 keys to 18816 at
+cut it over a mesh by itself. So here lengths are padded to tiles (4680 queries to 4704, 18720 keys to 18816 at
 480 x 832), keys that do not exist are another segment than the queries, and on a mesh every device runs the kernel on
 its own videos and heads. No logits are built, forward or backward.
 """
@@ -173,18 +173,19 @@ class Tiles:
 def _tiles(q, k, *, backward: bool) -> Tiles:
     """Tiles for queries `[b, t, n, d]` and keys `[b, s, n, d]`.
 
-    Large, since the keys are read once for every tile of queries: 1184 queries do 1184 multiplications for each number
-    of K and V that is fetched, where the hardware needs 240 (v5e) to 560 (v6e) to keep its matrix units busy; the
+    Large, since the keys are read once for every tile of queries: 784 queries do 784 multiplications for each number
+    of K and V that is fetched, where the hardware needs 170 (v5p) to 560 (v6e) to keep its matrix units busy; the
     kernel's default of 128 starves them. Small enough for the 16 MiB of VMEM that XLA grants a kernel by default on
-    v5e and v5p: with 1184 queries, and 384 keys a product, a tile of logits takes 1.8 MB in float32, of which two or
-    three live at once, accumulator, maximum and sum 1.8 MB together, 2688 keys and values 1.4 MB, twice since
-    the next are fetched meanwhile. The backward holds more tiles of logits, and wants its queries in lanes.
+    v5e and v5p: with 1184 queries, 2688 keys and 384 a product the compiler counted 17.99 MiB for a v5p and refused.
+    About 2.8 of them are the keys and values, held twice since the next are fetched meanwhile; the rest (logits,
+    accumulator, maximum, sum, segments) grows with the queries, so 784 should take 13. The backward holds more tiles
+    of logits, and wants its queries in lanes.
     """
     wide = q.shape[-1] // LANES * q.dtype.itemsize // 2 or 1  # against heads of 128 in bfloat16
     if backward:
-        rows, kv = _tile(q.shape[1], 512, LANES), _tile(k.shape[1], 1024 // wide, LANES)
+        rows, kv = _tile(q.shape[1], 512, LANES), _tile(k.shape[1], max(512 // wide, LANES), LANES)
     else:
-        rows, kv = _tile(q.shape[1], max(1280 // wide, 256), 16), _tile(k.shape[1], 2816 // wide, LANES)
+        rows, kv = _tile(q.shape[1], max(800 // wide, 256), 16), _tile(k.shape[1], 2816 // wide, LANES)
     lanes = kv // LANES
     compute = max(n for n in range(1, 5) if lanes % n == 0) * LANES
     return Tiles(rows, kv, compute, backward)

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written in the background, complete or not there, and a full disk does not stop training.
 
 OUTPUT/state/400/state/    arrays (orbax): parameters, optimisers, averages, key, step, streams in flight
-OUTPUT/state/400/data/     position in the data (grain)
+OUTPUT/state/400/data/     position in the data (grain's; where our own iterator draws it is the step)
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
 
 from longlive_jax.errors import UserError
+from longlive_jax.training.data import Batches
+
+try:
+    import grain.checkpoint as grain_checkpoint
+except ModuleNotFoundError:  # then `Batches` are what runs draw
+    grain_checkpoint = None
 
 
 class Checkpoints:
@@ -33,7 +38,9 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
-        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+        handlers = {"state": ocp.StandardCheckpointHandler()}
+        if grain_checkpoint is not None:
+            handlers["data"] = grain_checkpoint.CheckpointHandler()
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
@@ -50,10 +57,10 @@ class Checkpoints:
 
         What goes wrong (a full disk, mostly) is said and counted, here or when the next one is saved.
         """
-        parts = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)
-        )  # fmt: skip
-        self._guarded(step, lambda: self._manager.save(step, args=parts, force=True))
+        parts = {"state": ocp.args.StandardSave(state)}
+        if not isinstance(iterator, Batches):
+            parts["data"] = grain_checkpoint.CheckpointSave(iterator)
+        self._guarded(step, lambda: self._manager.save(step, args=ocp.args.Composite(**parts), force=True))
 
     def wait(self) -> None:
         """Until what is being written is on the disk, or has failed."""
@@ -68,7 +75,7 @@ class Checkpoints:
 
         Args:
           like: a state of the structure, shapes and places that are wanted.
-          iterator_at: gives the data iterator that a step belongs to, to be set to its position; None for a new one.
+          iterator_at: gives the data iterator that a step belongs to; grain's is set to its position. None for none.
 
         Returns:
           The state and the iterator.
@@ -80,8 +87,14 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         self._compare(step, abstract)
         parts = {"state": ocp.args.StandardRestore(abstract)}
-        if (iterator := iterator_at(step)) is not None:
-            parts["data"] = grain.checkpoint.CheckpointRestore(iterator)
+        iterator = iterator_at(step)
+        if iterator is not None and not isinstance(iterator, Batches):
+            if not (self.folder / str(step) / "data").exists():
+                raise UserError(
+                    f"{self.folder / str(step)} was written without grain and has no position for it; give "
+                    "--run.workers 1, and our own processes draw the same data on from there"
+                )
+            parts["data"] = grain_checkpoint.CheckpointRestore(iterator)
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
         except (ValueError, KeyError, OSError) as error:

@@ -6,19 +6,22 @@ does not describe.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.experimental import multihost_utils
 
 from longlive_jax.config import TEMPORAL_FACTOR
 from longlive_jax.data.sprites import Combination, combinations_of, render_schedule
 from longlive_jax.errors import UserError
 from longlive_jax.models.vae import VAE
+from longlive_jax.training.data import in_parallel
+from longlive_jax.training.vae import encoded
 
 
 def scheduled_clip(
@@ -52,24 +55,35 @@ def encode_clips(
     seed: int = 0,
     shard: int = 64,
     batch: int = 8,
+    workers: int = 0,
 ) -> None:
-    """Writes latents to `folder` in shards of `shard` clips (float16 npz), those already there kept."""
+    """Writes latents to `folder` in shards of `shard` clips (float16 npz), those already there kept.
+
+    Args:
+      vae: encodes.
+      folder: gets the shards.
+      clips: how many, rounded up to whole shards.
+      latent_frames, block, seed: of the clips, see `scheduled_clip`.
+      shard, batch: clips a file, and encoded at once.
+      workers: processes that draw; 0 for none but this one.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    graph, params = nnx.split(vae)
-    encode = jax.jit(lambda params, video: nnx.merge(graph, params).encode(video)[0])
-    for start in range(0, clips, shard):
-        path = folder / f"{start:06d}.npz"
-        if path.exists():
-            continue
-        made = [scheduled_clip(seed, i, latent_frames, block) for i in range(start, start + shard)]
-        latents = [
-            encode(params, jnp.asarray(np.stack([m[0] for m in made[i : i + batch]]), jnp.float32) / 127.5 - 1)
-            for i in range(0, shard, batch)
-        ]
+    missing = [start for start in range(0, clips, shard) if not (folder / f"{start:06d}.npz").exists()]
+    draw = functools.partial(_frames, seed, latent_frames, block)
+    drawn = in_parallel(draw, [start + i for start in missing for i in range(shard)], workers)
+    for start in missing:
+        path, latents = folder / f"{start:06d}.npz", []
+        for size in [batch] * (shard // batch) + [shard % batch] * (shard % batch > 0):
+            video = np.stack(list(itertools.islice(drawn, size)))
+            latents.append(np.asarray(encoded(vae, video)))
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, latents=np.concatenate(latents).astype(np.float16))
         temporary.rename(path)
+
+
+def _frames(seed: int, latent_frames: int, block: int, index: int) -> np.ndarray:
+    return scheduled_clip(seed, index, latent_frames, block)[0]
 
 
 def cached_latents(
@@ -82,6 +96,7 @@ def cached_latents(
     seed: int,
     vae_hash: str,
     say: Callable[[str], None],
+    workers: int = 0,
 ) -> tuple[np.ndarray, list]:
     """Latents of clips [N, F, h, w, C] float16 with their plans, encoded now where they are not in `folder` yet.
 
@@ -97,15 +112,19 @@ def cached_latents(
             if found.get(name) != made_from[name]
         )
         raise UserError(f"latents in {folder} are of others ({wrong}); delete the folder or give another")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(made_from) + "\n")
     shard = min(64, clips)
     starts = range(0, clips, shard)
-    if any(not (Path(folder) / f"{start:06d}.npz").exists() for start in starts):
+    if jax.process_index() == 0:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(made_from) + "\n")
+    if jax.process_index() == 0 and any(not (Path(folder) / f"{start:06d}.npz").exists() for start in starts):
         say(f"encoding {clips} clips of {latent_frames} latent frames into {folder}")
-    encode_clips(
-        vae, folder, clips=clips, latent_frames=latent_frames, block=block, seed=seed, shard=shard
-    )  # fmt: skip
+        encode_clips(
+            vae, folder, clips=clips, latent_frames=latent_frames, block=block, seed=seed, shard=shard,
+            batch=8 if jax.default_backend() == "cpu" else 32, workers=workers,
+        )  # fmt: skip
+    if jax.process_count() > 1:  # the first process encodes for all
+        multihost_utils.sync_global_devices(f"latents in {folder}")
     parts = [np.load(Path(folder) / f"{start:06d}.npz")["latents"] for start in starts]
     latents = np.concatenate(parts)[:clips]
     plans = [scheduled_clip(seed, i, latent_frames, block, draw=False)[1:] for i in range(clips)]

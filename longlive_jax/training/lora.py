@@ -17,7 +17,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Num
 
 from longlive_jax import checkpoint
-from longlive_jax.models.layers import Linear
+from longlive_jax.models.layers import Linear, map_linears
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.tensor_files import write_safetensors
 
@@ -54,11 +54,7 @@ def adapt(model: WanTransformer, *, rank: int, alpha: float, rngs: nnx.Rngs) -> 
 
     LongLive's own: rank 256, alpha 256, student and critic.
     """
-    found = []
-    for _, module in nnx.iter_modules(model.blocks):
-        found += [(module, name, child) for name, child in vars(module).items() if type(child) is Linear]
-    for module, name, child in found:
-        setattr(module, name, LoraLinear(child, rank, alpha, rngs=rngs))
+    map_linears(model.blocks, lambda linear: LoraLinear(linear, rank, alpha, rngs=rngs))
     return model
 
 

@@ -31,6 +31,24 @@ def stored_config(output: Path, kind: type[StageConfig]) -> StageConfig:
     return from_dict(kind, values["config"], str(path))
 
 
+def shortened(output: Path) -> dict[str, int]:
+    """Steps of the phases that were made shorter than their settings, to end in time."""
+    return json.loads((Path(output) / "run.json").read_text("utf-8")).get("shortened", {})
+
+
+def shorten(output: Path, phase: str, steps: int) -> None:
+    """Notes that a phase has fewer steps: a run that goes on must follow the same learning rate."""
+    path = Path(output) / "run.json"
+    values = json.loads(path.read_text("utf-8"))
+    _write(path, values | {"shortened": values.get("shortened", {}) | {phase: steps}})
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
 def claim(output: Path, config: StageConfig, sources: dict[str, str], *, resume: bool) -> None:
     """Makes the folder of a new run, or checks that the one there is the run to go on with."""
     path = Path(output) / "run.json"
@@ -54,9 +72,7 @@ def claim(output: Path, config: StageConfig, sources: dict[str, str], *, resume:
     values = {"stage": config.stage, "config": to_dict(config), "sources": sources, "versions": versions()}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
-        os.replace(temporary, path)
+        _write(path, values)
     except OSError as error:
         raise UserError(f"cannot write {output} ({error.strerror}); give another --output") from error
 

@@ -25,6 +25,10 @@ from longlive_jax.errors import UserError, collect, raise_all
 from longlive_jax.training.config import REMAT, DistillationConfig, Quirks
 
 DTYPES = ("float32", "bfloat16")
+SIZES = {
+    "sprites": TransformerConfig.sprites, "t2v_1_3b": TransformerConfig.t2v_1_3b, "t2v_14b": TransformerConfig.t2v_14b
+}  # fmt: skip
+"""Transformers by name."""
 
 
 def _check_phase(phase, negative: str | None) -> None:
@@ -33,6 +37,7 @@ def _check_phase(phase, negative: str | None) -> None:
         _require(faults, getattr(phase, name) >= 1, f"{name} is {getattr(phase, name)}; 1 or more is needed")
     _require(faults, phase.rate > 0, f"rate is {phase.rate}; it must be above 0")
     _require(faults, negative is None, f"{negative} must be 0 or more")
+    _require(faults, phase.minutes is None or phase.minutes > 0, f"minutes is {phase.minutes}; above 0 is needed")
     raise_all(faults, f"phase {phase.name}: ")
 
 
@@ -101,6 +106,9 @@ class RunConfig:
       log_every: steps between lines of metrics.
       validate_every: steps between validation videos; 0 for one at the end of each phase.
       minutes: stop after this long, with a checkpoint to go on from.
+      workers: processes that draw data; 0 for two threads (of grain, where that is installed).
+      split_every: steps between timing passes, which run the parts of a step (rollout, teacher ...) apart; 0 for none.
+      device_gib: memory of a device, to check a run for other machines; None for what this one has.
       max_skips: updates skipped in a row before the run gives up.
       tensorboard: write TensorBoard files where tensorboardX is installed.
       wandb: Weights & Biases project to log to.
@@ -116,6 +124,9 @@ class RunConfig:
     log_every: int = 20
     validate_every: int = 0
     minutes: float | None = None
+    workers: int = 0
+    split_every: int = 0
+    device_gib: float | None = None
     max_skips: int = 20
     tensorboard: bool = True
     wandb: str | None = None
@@ -124,9 +135,11 @@ class RunConfig:
         faults = []
         for name in ("streams", "data", "fsdp", "save_every", "keep", "log_every", "max_skips"):
             _require(faults, getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; 1 or more is needed")
-        for name in ("seed", "validate_every"):
+        for name in ("seed", "validate_every", "workers", "split_every"):
             _require(faults, getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; 0 or more is allowed")
-        _require(faults, self.minutes is None or self.minutes > 0, f"minutes is {self.minutes}; above 0 is needed")
+        for name in ("minutes", "device_gib"):
+            value = getattr(self, name)
+            _require(faults, value is None or value > 0, f"{name} is {value}; above 0 is needed")
         if self.dtype not in DTYPES:
             faults.append(unknown_name("dtype", self.dtype, DTYPES))
         if min(self.streams, self.data, self.fsdp) >= 1:
@@ -142,7 +155,10 @@ class RunConfig:
         return self.data * self.fsdp
 
 
-HARMLESS = ("save_every", "keep", "log_every", "validate_every", "minutes", "max_skips", "tensorboard", "wandb")
+HARMLESS = (
+    "save_every", "keep", "log_every", "validate_every", "minutes", "workers", "split_every", "device_gib", "max_skips",
+    "tensorboard", "wandb",
+)  # fmt: skip
 """Fields of `RunConfig` that may differ when a run goes on: they change no number."""
 
 
@@ -158,6 +174,8 @@ class VAEPhase:
       frames: pixel frames a clip, 4 k + 1.
       sprites: drawn into each clip.
       emphasis: added weight of the sprites' pixels in the loss.
+      minutes: what the phase may take. Where its steps would take longer, there are fewer, and the learning rate falls
+        accordingly; found out while the first tenth runs.
     """
 
     name: str
@@ -167,6 +185,7 @@ class VAEPhase:
     frames: int = 1
     sprites: int = 1
     emphasis: float = 0.0
+    minutes: float | None = None
 
     def __post_init__(self):
         _check_phase(self, "emphasis" if self.emphasis < 0 else None)
@@ -176,7 +195,7 @@ class VAEPhase:
             )
 
     def shrunk(self) -> VAEPhase:
-        return dataclasses.replace(self, steps=2, batch_size=2, frames=min(self.frames, 5))
+        return dataclasses.replace(self, steps=2, batch_size=1, frames=min(self.frames, 5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +210,8 @@ class LatentPhase:
       frames: latent frames of a training sequence.
       clip_frames: latent frames of a cached clip.
       clips: how many are cached.
+      minutes: what the phase may take. Where its steps would take longer, there are fewer, and the learning rate falls
+        accordingly; found out while the first tenth runs.
     """
 
     name: str
@@ -200,6 +221,7 @@ class LatentPhase:
     frames: int
     clip_frames: int
     clips: int
+    minutes: float | None = None
 
     def __post_init__(self):
         _check_phase(self, None)
@@ -250,14 +272,18 @@ class StageConfig:
 
     def shrunk(self) -> StageConfig:
         """The same stage at sizes that run through in seconds on a CPU."""
+        # The last phase alone: every phase is a program to compile, which is what takes the time.
         # Bigger batches where there are more streams, so that what is tried out is what will be run.
         phases = tuple(
             dataclasses.replace(p.shrunk(), batch_size=max(2, self.run.streams) // self.run.streams * self.run.streams)
-            for p in self.phases[:2]
+            for p in self.phases[-1:]
         )
         return dataclasses.replace(
             self, phases=phases, optimizer=dataclasses.replace(self.optimizer, warmup=0),
-            run=dataclasses.replace(self.run, save_every=2, log_every=1, validate_every=0, wandb=None), **self._tiny(),
+            run=dataclasses.replace(
+                self.run, save_every=2, log_every=1, validate_every=0, split_every=0, wandb=None
+            ),
+            **self._tiny(),
         )  # fmt: skip
 
     def _tiny(self) -> dict[str, Any]:
@@ -293,7 +319,7 @@ class VAETrainConfig(StageConfig):
 
     def _tiny(self) -> dict[str, Any]:
         tiny = dataclasses.replace(self.vae, base_width=4, multipliers=(1, 1, 1, 1), res_blocks=0)
-        return {"vae": tiny, "init": None, "statistics_clips": 2}
+        return {"vae": tiny, "init": None, "statistics_clips": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,7 +357,7 @@ class ModelTrainConfig(StageConfig):
     def _tiny(self) -> dict[str, Any]:
         text = TextEncoderConfig(vocab_size=128, dim=16, attention_dim=16, ffn_dim=32, num_heads=2, num_layers=1)
         transformer = TransformerConfig(
-            dim=32, ffn_dim=64, num_layers=2, num_heads=2, text_dim=16, text_length=24, time_dim=32
+            dim=16, ffn_dim=32, num_layers=2, num_heads=2, text_dim=16, text_length=24, time_dim=32
         )
         sampler = dataclasses.replace(self.sampler, height=64, width=64, steps=self.sampler.steps[:2])
         return {"vae": None, "init": None, "transformer": transformer, "text_encoder": text, "sampler": sampler}
@@ -421,6 +447,8 @@ class DistillPhase:
       batch_size: videos a step, all streams together.
       rate: learning rate of the student.
       critic_rate: of the critic.
+      minutes: what the phase may take. Where its steps would take longer, there are fewer, and the learning rate falls
+        accordingly; found out while the first tenth runs.
     """
 
     name: str
@@ -428,12 +456,13 @@ class DistillPhase:
     batch_size: int
     rate: float
     critic_rate: float
+    minutes: float | None = None
 
     def __post_init__(self):
         _check_phase(self, "critic_rate" if self.critic_rate < 0 else None)
 
     def shrunk(self) -> DistillPhase:
-        return dataclasses.replace(self, steps=6, batch_size=2)
+        return dataclasses.replace(self, steps=2, batch_size=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,6 +473,7 @@ class DistillTrainConfig(ModelTrainConfig):
       phases: see `DistillPhase`.
       teacher: checkpoint of the bidirectional teacher.
       critic: checkpoint whose transformer the critic starts from; the teacher's by default.
+      teacher_size: of a teacher that is not given, to see whether it would fit; the student's by default.
       distillation: see `DistillationConfig`.
       prompts: files of prompts, see `PromptSource`; those of the sprites world if there are none.
       negative_prompt: what the teacher is guided away from.
@@ -458,6 +488,7 @@ class DistillTrainConfig(ModelTrainConfig):
     sampler: SamplerConfig = dataclasses.replace(SamplerConfig.sprites(), rope="absolute")
     teacher: str | None = None
     critic: str | None = None
+    teacher_size: str | None = None
     distillation: DistillationConfig = DistillationConfig(max_frames=21)
     prompts: tuple[str, ...] = ()
     negative_prompt: str = ""
@@ -472,6 +503,8 @@ class DistillTrainConfig(ModelTrainConfig):
                 check()
         if self.sampler.rope == "auto":
             faults.append("sampler: rope is 'auto'; training needs it decided: absolute or relative")
+        if self.teacher_size not in (None, *SIZES):
+            faults.append(unknown_name("teacher_size", self.teacher_size, SIZES))
         _require(faults, self.student_every >= 1, f"student_every is {self.student_every}; 1 or more is needed")
         _require(faults, self.lora_rank >= 0, f"lora_rank is {self.lora_rank}; 0 (for none) or more is allowed")
         raise_all(faults)
@@ -480,13 +513,15 @@ class DistillTrainConfig(ModelTrainConfig):
         block = self.sampler.block_frames
         sampler = {"window": self.sampler.sink_frames + 2 * block} if self.sampler.window != -1 else {}
         tiny = super()._tiny()
-        chunks = 3 if self.distillation.max_frames > self.distillation.chunk_frames else 1
+        # A video of two chunks, one a turn: every step is the same program.
+        chunks = 2 if self.distillation.max_frames > self.distillation.chunk_frames else 1
         distillation = dataclasses.replace(
-            self.distillation, chunk_frames=3 * block, new_frames=2 * block, max_frames=(1 + 2 * chunks) * block
+            self.distillation, chunk_frames=2 * block, new_frames=block, max_frames=(1 + chunks) * block
         )
         return tiny | {
-            "sampler": dataclasses.replace(tiny["sampler"], **sampler), "teacher": None, "critic": None, "prompts": (),
-            "distillation": distillation, "lora_rank": min(self.lora_rank, 2), "student_every": 2,
+            "sampler": dataclasses.replace(tiny["sampler"], **sampler), "teacher": None, "critic": None,
+            "teacher_size": None, "prompts": (), "distillation": distillation,
+            "lora_rank": min(self.lora_rank, 2), "student_every": 1,
         }  # fmt: skip
 
 
@@ -517,6 +552,13 @@ class LongTrainConfig(DistillTrainConfig):
         super().__post_init__()
         if len(self.distillation.starts) < 2:
             raise UserError("long: max_frames leaves room for one chunk only; that is stage init")
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    kind.stage: kind
+    for kind in (VAETrainConfig, TeacherTrainConfig, StudentTrainConfig, InitTrainConfig, LongTrainConfig)
+}
+"""Settings of each stage, by its name."""
 
 
 # MARK: files

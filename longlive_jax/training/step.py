@@ -21,7 +21,10 @@ from longlive_jax.sharding import param_spec, taken, using
 from longlive_jax.training.learner import TrainState
 from longlive_jax.training.stage_config import OptimizerConfig
 
-STREAMS = PartitionSpec(None, ("data", "fsdp"))
+DEVICES = ("data", "fsdp")
+"""Mesh axes whose devices take a stream each."""
+
+STREAMS = PartitionSpec(None, DEVICES)
 """Batch and carry: [n, d, ...]."""
 
 
@@ -39,6 +42,21 @@ class Turn:
     learner: str
     loss: Callable[..., Any]
     prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a step, to be timed apart from the others.
+
+    Attributes:
+      name: of the metric.
+      function: `function(nets, carry, batch, key, made)` of one stream; `made` has what the parts before gave, by name.
+      times: how often an average step does this.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    times: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +117,12 @@ def gradient(loss: Callable, params: Any, nets: Any, carry: Any, batch: Any, key
             carry = jax.tree.map(lambda a: a[None], carry)
         else:
             # Said by name for kernels, which the compiler cannot cut: each device runs them for its own stream.
-            axes = () if mesh is None else ("data", "fsdp")
+            axes = () if mesh is None else DEVICES
             with taken(*axes):
                 new, carry = jax.vmap(one, spmd_axis_name=axes or None)(*xs)
             if mesh is not None:
                 # Each device has the gradient of its own stream, in float32, before anything is summed.
-                new = jax.lax.with_sharding_constraint(new, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+                new = jax.lax.with_sharding_constraint(new, NamedSharding(mesh, PartitionSpec(DEVICES)))
             new = jax.tree.map(lambda a: jnp.sum(a, axis=0), new)
         return new if total is None else jax.tree.map(jnp.add, total, new), carry
 
@@ -139,12 +157,37 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def arrange(batch: Any, devices: int) -> Any:
-    """A batch from the host, `[streams, b, ...]`, as `[streams / devices, devices, b, ...]`."""
+    """A batch from the host, `[streams, b, ...]`, as `[streams / devices, devices, b, ...]`; in several processes the
+    streams and the devices of this one."""
     return jax.tree.map(lambda a: a.reshape(a.shape[0] // devices, devices, *a.shape[1:]), batch)
+
+
+def own_places(mesh: Mesh | None) -> list[int]:
+    """Which devices of the mesh, counted along it, are this process's."""
+    if mesh is None:
+        return [0]
+    return [i for i, d in enumerate(mesh.devices.flat) if d.process_index == jax.process_index()]
 
 
 def put(tree: Any, mesh: Mesh | None, *, streams: bool = False) -> Any:
     """A state, frozen networks, or (`streams`) an arranged batch on the devices."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, tree)
-    return jax.device_put(tree, NamedSharding(mesh, STREAMS) if streams else shardings(tree, mesh))
+    if not streams:
+        return jax.device_put(tree, shardings(tree, mesh))
+    sharding, mine = NamedSharding(mesh, STREAMS), own_places(mesh)
+
+    def place(a):
+        shape = (a.shape[0], mesh.size, *a.shape[2:])
+        # A device asks for its own column; here columns are counted among this process's.
+        return jax.make_array_from_callback(shape, sharding, lambda at: a[:, mine.index(at[1].start or 0)][:, None])
+
+    return jax.tree.map(place, tree)
+
+
+def gathered(tree: Any, mesh: Mesh | None) -> Any:
+    """All of a tree in the host memory of every process."""
+    if jax.process_count() > 1:
+        whole = jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        return jax.tree.map(lambda a: jax.device_get(whole(a)), tree)  # one at a time is whole on the devices
+    return jax.device_get(tree)

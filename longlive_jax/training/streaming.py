@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from longlive_jax.models.vae import VAE
-from longlive_jax.schedule import TRAIN_STEPS
+from longlive_jax.schedule import TRAIN_STEPS, add_noise
 from longlive_jax.training.config import DistillationConfig
 from longlive_jax.training.dmd import NoiseLevels, Score, critic_flow_loss, dmd_loss, score_difference
 from longlive_jax.training.rollout import Rollout
@@ -101,7 +101,7 @@ class Distillation:
         """`generator_loss` with given draws; the terms are new_latents, window and dmd_gradient."""
         after, tape = self.rollout.run(generator, state, prompts, draws.rollout)
         new = self.rollout.with_gradient(generator, state, prompts, draws.rollout, tape)
-        window, frames = self._judged(params, state, new, tape, first)
+        window, frames = self.judged(params, state, new, tape, first)
         gradient = score_difference(
             self.teacher, self.critic, params, window, draws.noise, self._levels(draws),
             prompts.embeds[tape.prompt[-1]], prompts.negative, self.config.guidance,
@@ -115,12 +115,25 @@ class Distillation:
         """`critic_loss` with given draws; the terms are new_latents and window."""
         after, tape = self.rollout.run(params["generator"], state, prompts, draws.rollout)
         new = joined(tape)
-        window, frames = self._judged(params, state, new, tape, first)
-        loss = critic_flow_loss(
+        window, frames = self.judged(params, state, new, tape, first)
+        loss = self.critic_window_loss(critic, window, prompts, draws, tape, frames)
+        return loss, (after, {"new_latents": new, "window": window})
+
+    def critic_window_loss(self, critic: Any, window, prompts: Prompts, draws: ChunkDraws, tape: Tape, frames):
+        """The critic's loss on frames that are judged."""
+        return critic_flow_loss(
             self.critic, critic, window, draws.noise, self._levels(draws), prompts.embeds[tape.prompt[-1]], frames,
             self.config.rematerialise(),
         )  # fmt: skip
-        return loss, (after, {"new_latents": new, "window": window})
+
+    def teacher_flows(
+        self, params: Params, window, prompts: Prompts, draws: ChunkDraws, tape: Tape
+    ) -> tuple[Array, ...]:
+        """The teacher's passes that a score difference needs: with the prompt and, guided, with the negative one."""
+        levels = self._levels(draws)
+        x_t = add_noise(window, draws.noise, levels.added)
+        embeds = [prompts.embeds[tape.prompt[-1]], prompts.negative][: 1 if self.config.guidance == 1 else 2]
+        return tuple(self.teacher.flow(params["teacher"], x_t, levels.timestep, e) for e in embeds)
 
     def _levels(self, draws: ChunkDraws) -> NoiseLevels:
         return NoiseLevels.of(self.rollout.sampler, self.config).at(draws.tau)
@@ -128,7 +141,7 @@ class Distillation:
     def _metrics(self, draws: ChunkDraws) -> dict[str, Array]:
         return {"exit_step": draws.rollout.exit_step, "timestep": jnp.mean(self._levels(draws).timestep)}
 
-    def _judged(
+    def judged(
         self, params: Params, state: StreamState, new: Float[Array, "b t h w c"], tape: Tape, first: bool
     ) -> tuple[Float[Array, "b s h w c"], Bool[Array, " s"]]:
         """The frames that are judged, and which of them count in a loss."""

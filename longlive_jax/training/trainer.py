@@ -3,8 +3,11 @@
 OUTPUT/run.json            settings, and hashes of the checkpoints the stage starts from
 OUTPUT/state/<step>/       what a run goes on from (`checkpointing.py`)
 OUTPUT/metrics.jsonl       figures; tensorboard/ beside it
-OUTPUT/validation/         videos by step
+OUTPUT/validation/         videos by step, and a picture of each
 OUTPUT/checkpoint/         at the end: what the next stage and `longlive generate` take
+
+Several processes (`jax.distributed`) run the same loop: each draws the streams of its own devices, all write the state,
+the first writes everything else.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from longlive_jax import memory, sharding
@@ -31,10 +35,10 @@ from longlive_jax.training.flops import count_flops, peak_flops
 from longlive_jax.training.learner import Learner, TrainState
 from longlive_jax.training.metrics import Metrics
 from longlive_jax.training.optimizer import make_optimizer
-from longlive_jax.training.runs import claim, plain
+from longlive_jax.training.runs import claim, plain, shorten, shortened
 from longlive_jax.training.stages.base import Stage
-from longlive_jax.training.step import Teaching, arrange, make_step, put
-from longlive_jax.video import VideoWriter
+from longlive_jax.training.step import DEVICES, Teaching, arrange, gathered, make_step, own_places, put
+from longlive_jax.video import VideoWriter, contact_sheet, save_image
 
 
 @runtime_checkable
@@ -79,12 +83,30 @@ def required_memory(stage: Stage) -> dict[str, int]:
 
 def check_memory(stage: Stage, mesh: Mesh | None) -> None:
     """Refuses a run that cannot fit, before anything is allocated or compiled."""
-    parts, free = required_memory(stage), memory.available(mesh)
+    _compare_memory(required_memory(stage), memory.available(mesh))
+
+
+def _compare_memory(parts: dict[str, int], free: int | None) -> None:
     if free is not None and sum(parts.values()) > free:
         raise UserError(
             f"training needs about {memory.describe(parts)}, but only {memory.readable(free)} are free; use more "
             "run.streams (smaller parts of a batch), remat, run.dtype bfloat16, or more devices (run.fsdp)"
         )
+
+
+def described_memory(stage: Stage) -> str:
+    """What each device of the run's mesh needs, whatever devices are here.
+
+    Raises:
+      UserError: that is more than `run.device_gib`.
+    """
+    run = stage.config.run
+    parts = {name: size // run.devices for name, size in required_memory(stage).items()}
+    _compare_memory(parts, None if run.device_gib is None else int(run.device_gib * 2**30))
+    return (
+        f"stage {stage.name}, {run.streams} streams on data {run.data} x fsdp {run.fsdp}: about "
+        f"{memory.describe(parts)} on each of {run.devices} devices"
+    )
 
 
 # MARK: the run
@@ -111,8 +133,15 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
     mesh = None
     if run.devices > 1:
         mesh = sharding.make_mesh(data=run.data, fsdp=run.fsdp)
+    if jax.process_count() > 1 and run.devices != jax.device_count():
+        raise UserError(
+            f"the mesh has {run.devices} devices, {jax.process_count()} processes have {jax.device_count()}; make "
+            "run.data x run.fsdp their number"
+        )
     check_memory(stage, mesh)
-    claim(output, stage.config, stage.sources, resume=resume)
+    if jax.process_index() == 0:
+        claim(output, stage.config, stage.sources, resume=resume)
+    _together("claimed")
     checkpoints = Checkpoints(output / "state", keep=run.keep, say=reporter.say)
     loop = None
     try:
@@ -132,7 +161,9 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
     finally:
         checkpoints.close()
         if loop is not None:
-            loop.metrics.close()
+            loop._close_data()
+            if loop.metrics is not None:
+                loop.metrics.close()
 
 
 class _Loop:
@@ -142,21 +173,32 @@ class _Loop:
         self.stage, self.config, self.output, self.mesh = stage, stage.config, output, mesh
         self.reporter, self.checkpoints = reporter, checkpoints
         params, frozen = stage.parameters()
+        self.lengths = shortened(output)
         self.frozen = put(jax.tree.map(lambda a: a.astype(self.config.run.dtype), frozen), mesh)
         self.names = tuple(params)
         self.iterator = None
-        self.state = self._begin(params, self.config.phases[0])
+        done = checkpoints.latest or 0
+        under_way = [phase for phase, start, end in self._bounds() if start < done <= end]
+        self.state = self._begin(params, (under_way or self.config.phases)[0])
         self.step, self.saved = 0, None
+        streams = range(self.config.run.streams)
+        self.mine = [s for s in streams if s % self.config.run.devices in own_places(mesh)]
         if checkpoints.latest is not None:
             self.step = self.saved = checkpoints.latest
             self.state, self.iterator = checkpoints.restore(self.state, self._iterator_at)
-            reporter.say(f"resumed at step {self.step} of {self.config.steps}")
+            reporter.say(f"resumed at step {self.step} of {self.total}")
         run = self.config.run
-        self.metrics = Metrics(
-            output, self.step, reporter.say, tensorboard=run.tensorboard, wandb=run.wandb, config=to_dict(self.config)
-        )
+        self.metrics = None
+        if jax.process_index() == 0:
+            self.metrics = Metrics(
+                output, self.step, reporter.say, tensorboard=run.tensorboard, wandb=run.wandb,
+                config=to_dict(self.config),
+            )  # fmt: skip
         self.steps: dict[Any, Callable] = {}
-        self.clock = {"data": 0.0, "save": 0.0, "validate": 0.0}
+        self.parts: dict[Any, Callable] = {}
+        self.clock = {"data": 0.0, "save": 0.0, "validate": 0.0, "split": 0.0}
+        self.split: dict[str, float] = {}
+        self.logged = False
         self.pending: list[dict[str, jax.Array]] = []
         self.marked = self.started = time.monotonic()
         self.stopped_by: int | None = None
@@ -170,31 +212,39 @@ class _Loop:
             config = self.config.optimizer
             if not self.stage.averages(name):
                 config = dataclasses.replace(config, ema=0.0)
-            optimizer = make_optimizer(config, self.stage.rate(phase, name), phase.steps)
+            optimizer = make_optimizer(config, self.stage.rate(phase, name), self._length(phase))
             teaching[name] = Teaching(optimizer, config)
         return teaching
 
     def _begin(self, params: dict[str, Any], phase) -> TrainState:
         teaching = self._teaching(phase)
         learners = {n: Learner.begin(p, teaching[n].optimizer, teaching[n].config) for n, p in params.items()}
-        return put(TrainState.begin(learners, self.config.run.seed, self.stage.carry()), self.mesh)
+        return put(TrainState.begin(learners, self.config.run.seed, self.stage.carry(phase)), self.mesh)
 
     def _next_phase(self, phase) -> None:
         """The weights to hand on begin a new phase; key and step go on."""
         fresh = self._begin({name: learner.best for name, learner in self.state.learners.items()}, phase)
         self.state = fresh.replace(step=self.state.step, key=self.state.key)
 
+    def _length(self, phase) -> int:
+        return self.lengths.get(phase.name, phase.steps)
+
+    @property
+    def total(self) -> int:
+        """Steps of all phases."""
+        return sum(self._length(phase) for phase in self.config.phases)
+
     def _bounds(self) -> Iterator[tuple[Any, int, int]]:
         end = 0
         for phase in self.config.phases:
-            start, end = end, end + phase.steps
+            start, end = end, end + self._length(phase)
             yield phase, start, end
 
     def _iterator_at(self, step: int):
         """The iterator a checkpoint's position is of; None between two phases, where a new one begins."""
         for phase, start, end in self._bounds():
             if start < step < end:
-                return self.stage.data(phase)
+                return self.stage.data(phase, step - start, self.mine)
         return None
 
     # MARK: the loop
@@ -203,39 +253,100 @@ class _Loop:
         with _signals(self):
             for phase, start, end in self._bounds():
                 if self.step < end:
-                    self._run_phase(phase, start, end)
+                    self._run_phase(phase, start)
 
-    def _run_phase(self, phase, start: int, end: int) -> None:
+    def _run_phase(self, phase, start: int) -> None:
         if self.step == start and start > 0:
             self._next_phase(phase)
         if self.step == start or self.iterator is None:
-            self.iterator = self.stage.data(phase)
+            self.iterator = self.stage.data(phase, self.step - start, self.mine)
         run = self.config.run
-        teaching = self._teaching(phase)
-        self.marked = time.monotonic()
-        while self.step < end:
+        self.marked, self.logged = time.monotonic(), False
+        while self.step < start + self._length(phase):
             batch = self._batch()
             turns = self.stage.turns(phase, self.step - start)
             if (phase.name, turns) not in self.steps:
-                self.steps[phase.name, turns] = make_step(turns, teaching, self.mesh)
+                self.steps[phase.name, turns] = make_step(turns, self._teaching(phase), self.mesh)
                 self.flops[phase.name, turns] = self._count(phase, self.step - start, batch)
+            if run.split_every and self.step % run.split_every == 0:
+                self._time_parts(phase, self.step - start, batch)
             self.state, metrics = self.steps[phase.name, turns](self.state, self.frozen, batch)
             self.step += 1
             self.pending.append(metrics | {"flops": self.flops[phase.name, turns]})
-            last = self.step == end
+            last = self.step == start + self._length(phase)
             if self.step % run.log_every == 0 or last:
-                self._log(phase)
+                self._fit(phase, start, self._log(phase))
             if self.step % run.save_every == 0 or last:
                 self._save()
             if last or (run.validate_every and self.step % run.validate_every == 0):
                 self._validate()
             self._stop_if_asked()
+        self._close_data()
+
+    def _close_data(self) -> None:
+        if self.iterator is not None and hasattr(self.iterator, "close"):
+            self.iterator.close()
+
+    def _fit(self, phase, start: int, seconds: float) -> None:
+        """Makes the phase shorter if at so many seconds a step it would take longer than its `minutes`."""
+        done, length = self.step - start, self._length(phase)
+        # What is logged first has compilation in it.
+        first, self.logged = not self.logged, True
+        if phase.minutes is None or first or done > max(1, length // 10):
+            return
+        least = max(done, self.config.optimizer.warmup) + 1
+        affordable = 60 * phase.minutes / seconds
+        # A little over is let go: another schedule is another program to compile.
+        steps = length if affordable > 0.95 * length else min(length, max(least, int(affordable)))
+        if jax.process_count() > 1:
+            steps = int(multihost_utils.broadcast_one_to_all(np.int32(steps)))
+        if steps == length:
+            return
+        if jax.process_index() == 0:
+            shorten(self.output, phase.name, steps)
+        self.lengths[phase.name] = steps
+        self.steps = {key: step for key, step in self.steps.items() if key[0] != phase.name}  # another schedule
+        self.logged = False
+        self.reporter.say(
+            f"phase {phase.name}: {steps} steps instead of {length}, for {phase.minutes:g} minutes at "
+            f"{seconds:.3g} s a step"
+        )
 
     def _batch(self) -> Any:
         began = time.monotonic()
-        batch = put(arrange(next(self.iterator), self.config.run.devices), self.mesh, streams=True)
+        batch = put(arrange(next(self.iterator), len(own_places(self.mesh))), self.mesh, streams=True)
         self.clock["data"] += time.monotonic() - began
         return batch
+
+    def _time_parts(self, phase, step: int, batch: Any) -> None:
+        """Runs the parts of a step one by one and notes what each takes, in seconds an average step.
+
+        Inside the step they are one program, where nobody can time them. Each is compiled by itself here and run on
+        the first streams, one a device, as often as there are such rows of streams; so their sum is not quite the
+        step's time: what the compiler joins across parts, and the optimiser, are missing.
+        """
+        jax.block_until_ready(self.state)  # steps that still run are nobody's part
+        began = time.monotonic()
+        nets = self.frozen | {name: learner.params for name, learner in self.state.learners.items()}
+        devices, many = self.config.run.devices, self.config.run.devices > 1
+        rows = self.config.run.streams // devices
+        keys = jax.random.split(jax.random.key(self.step), (rows, devices))
+        own = jax.tree.map(lambda a: a[0] if many else a[0, 0], (self.state.carry, batch, keys))
+        made: dict[str, Any] = {}
+        for part in self.stage.parts(phase, step):
+            name = (phase.name, part.function)
+            new = name not in self.parts
+            if new:
+                axes = {"in_axes": (None, 0, 0, 0, 0), "spmd_axis_name": DEVICES}
+                self.parts[name] = jax.jit(jax.vmap(part.function, **axes) if many else part.function)
+            run = lambda name=name: jax.block_until_ready(self.parts[name](nets, *own, made))
+            with sharding.using(self.mesh), sharding.taken(*(DEVICES if many else ())):
+                if new:
+                    run()
+                clock = time.monotonic()
+                made[part.name] = run()
+            self.split[f"seconds_{part.name}"] = (time.monotonic() - clock) * rows * part.times
+        self.clock["split"] += time.monotonic() - began
 
     def _count(self, phase, step: int, batch: Any) -> float:
         """Model FLOPs of a step, all streams and turns."""
@@ -249,8 +360,12 @@ class _Loop:
             total += count_flops(grad, nets[turn.learner], nets, own(self.state.carry), own(batch), key)
         return total * self.config.run.streams
 
-    def _log(self, phase) -> None:
-        """A line of the figures since the last: means over the steps, and where the time went."""
+    def _log(self, phase) -> float:
+        """A line of the figures since the last: means over the steps, and where the time went.
+
+        Returns:
+          Seconds a step.
+        """
         rows = jax.device_get(self.pending)
         names = list(dict.fromkeys(name for row in rows for name in row))
         figures = {n: float(np.mean([row[n] for row in rows if n in row])) for n in names}
@@ -258,15 +373,17 @@ class _Loop:
         elapsed, n = time.monotonic() - self.marked, len(rows)
         rest = sum(self.clock.values())
         figures["seconds"] = elapsed / n
+        figures |= self.split
         figures |= {f"seconds_{name}": seconds / n for name, seconds in self.clock.items()}
         figures["seconds_step"] = (elapsed - rest) / n
         figures["flops_per_second"] = figures["flops"] / max(figures["seconds_step"], 1e-9)
         peak = peak_flops(jax.devices()[0].device_kind, self.config.run.dtype)
         if peak is not None:
             figures["mfu"] = figures["flops_per_second"] / (peak * self.config.run.devices)
-        self.metrics.write(self.step, {"phase": phase.name, **figures})
-        self.reporter.progress(self.step, self.config.steps, phase.name, figures)
-        self.pending, self.marked = [], time.monotonic()
+        if self.metrics is not None:
+            self.metrics.write(self.step, {"phase": phase.name, **figures})
+        self.reporter.progress(self.step, self.total, phase.name, figures)
+        self.pending, self.marked, self.split = [], time.monotonic(), {}
         self.clock = dict.fromkeys(self.clock, 0.0)
         in_a_row = max((v for name, v in figures.items() if name.endswith("skipped_in_a_row")), default=0)
         if in_a_row >= self.config.run.max_skips:
@@ -274,6 +391,7 @@ class _Loop:
                 f"{in_a_row:g} updates in a row were not fit (not finite, or spikes) at step {self.step}; lower the "
                 "rate or optimizer.clip, or raise run.max_skips"
             )
+        return figures["seconds_step"] + figures["seconds_data"]
 
     def _save(self) -> None:
         began = time.monotonic()
@@ -286,38 +404,60 @@ class _Loop:
     def _validate(self) -> None:
         began = time.monotonic()
         best = {name: learner.best for name, learner in self.state.learners.items()}
-        figures, video = self.stage.validate(best, self.frozen)
-        path = self.output / "validation" / f"step-{self.step:06d}.mp4"
-        try:
-            with VideoWriter(path, overwrite=True) as writer:
-                writer.write(video)
-        except (UserError, OSError) as error:
-            self.reporter.say(f"warning: {error}; training goes on")
-        if figures:
-            self.metrics.write(self.step, figures)
+        if jax.process_count() > 1:
+            best, frozen = gathered((best, self._handed_on), self.mesh)
+        else:
+            frozen = self.frozen
+        if jax.process_index() == 0:
+            figures, video = self.stage.validate(best, frozen)
+            path = self.output / "validation" / f"step-{self.step:06d}.mp4"
+            try:
+                with VideoWriter(path, overwrite=True) as writer:
+                    writer.write(video)
+            except (UserError, OSError) as error:
+                self.reporter.say(f"warning: {error}; training goes on")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                moments = np.linspace(0, len(video) - 1, 4).astype(int)
+                save_image(contact_sheet(video[moments], 4), path.with_suffix(".png"))
+            except (UserError, OSError) as error:
+                self.reporter.say(f"warning: {error}; training goes on")
+            if figures:
+                self.metrics.write(self.step, figures)
         self.clock["validate"] += time.monotonic() - began
 
     def _stop_if_asked(self) -> None:
         limit = self.config.run.minutes
         over = limit is not None and time.monotonic() - self.started > 60 * limit
-        if not over and self.stopped_by is None:
+        number = self.stopped_by or 0
+        if jax.process_count() > 1:  # all or none; asking costs, so not in every step
+            if self.step % self.config.run.log_every:
+                return
+            asked = multihost_utils.process_allgather(np.array([over, number], np.int32))
+            over, number = bool(asked[..., 0].any()), int(asked[..., 1].max())
+        if not over and not number:
             return
         if self.saved != self.step:
             self._save()
         self.checkpoints.wait()
-        if self.step == self.config.steps:
+        if self.step == self.total:
             return
-        why = f"{limit:g} minutes are over" if over else signal.Signals(self.stopped_by).name
-        self.reporter.say(f"stopped at step {self.step} of {self.config.steps} ({why})")
+        why = f"{limit:g} minutes are over" if over else signal.Signals(number).name
+        self.reporter.say(f"stopped at step {self.step} of {self.total} ({why})")
         raise TimeOver if over else Interrupted
+
+    @property
+    def _handed_on(self) -> dict[str, Any]:
+        """Frozen networks but the teacher, which is the largest and in no checkpoint."""
+        return {name: params for name, params in self.frozen.items() if name != "teacher"}
 
     def finish(self) -> Path:
         """Writes the checkpoint folder of the stage's end."""
         self.checkpoints.wait()
         if self.checkpoints.latest != self.step:
             raise UserError(f"the last checkpoint could not be written to {self.checkpoints.folder}; free some space")
-        best = jax.device_get({name: learner.best for name, learner in self.state.learners.items()})
-        frozen = jax.device_get(self.frozen)
+        best = gathered({name: learner.best for name, learner in self.state.learners.items()}, self.mesh)
+        frozen = gathered(self._handed_on, self.mesh)
         if self.config.run.dtype != "float32":
             _, frozen = self.stage.parameters()  # what is handed on is not rounded
         folder = self.output / "checkpoint"
@@ -325,8 +465,16 @@ class _Loop:
             "stage": self.stage.name, "steps": self.step, "made": time.strftime("%Y-%m-%d"),
             "sources": self.stage.sources, "settings": plain(self.config),
         }  # fmt: skip
-        self.stage.finish(best, frozen, folder, provenance)
+        if jax.process_index() == 0:
+            self.stage.finish(best, frozen, folder, provenance)
+        _together("finished")
         return folder
+
+
+def _together(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager

@@ -6,11 +6,13 @@ L1 reconstruction and a small KL term, AdamW. Stills need a third of the work a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
@@ -104,6 +106,17 @@ def make_vae_step(
     return jax.jit(step, donate_argnums=0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _moments(graph: nnx.GraphDef, params: Any, video: Float[Array, "b t h w 3"]) -> tuple[Array, Array]:
+    return nnx.merge(graph, params).moments(video)[:2]
+
+
+def encoded(vae: VAE, frames: UInt8[np.ndarray, "b t h w 3"]) -> Float[Array, "b f rows columns c"]:
+    """Normalised latents of clips (the mean, no sampling)."""
+    mean, _ = _moments(*nnx.split(vae), jnp.asarray(frames, jnp.float32) / 127.5 - 1)
+    return (mean - jnp.asarray(vae.cfg.latent_mean)) / jnp.asarray(vae.cfg.latent_std)
+
+
 def latent_statistics(vae: VAE, batches) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel before normalisation, over batches of uint8 clips.
 
@@ -111,10 +124,9 @@ def latent_statistics(vae: VAE, batches) -> tuple[list[float], list[float]]:
     instead of being blown up to it.
     """
     graph, params = nnx.split(vae)
-    moments = jax.jit(lambda params, video: nnx.merge(graph, params).moments(video)[:2])
     count, total, square = 0, 0.0, 0.0
     for frames in batches:
-        mean, log_variance = moments(params, jnp.asarray(frames, jnp.float32) / 127.5 - 1)
+        mean, log_variance = _moments(graph, params, jnp.asarray(frames, jnp.float32) / 127.5 - 1)
         axes = tuple(range(mean.ndim - 1))
         count += mean[..., 0].size
         total = total + jnp.sum(mean, axes)

@@ -5,6 +5,7 @@ import pytest
 from longlive_jax import checkpoint
 from longlive_jax.config import TransformerConfig
 from longlive_jax.conversion.parity import run_case
+from longlive_jax.conversion.quantize import quantize_folder
 
 # Measured: 1e-6 to 5e-6. The project's bound is 1e-4, but an eps of 1e-5 in place of 1e-6 would pass that.
 ATOL = 2e-5
@@ -35,6 +36,13 @@ def test_the_wrong_weights_are_noticed(checkpoints, write_case):
     assert not entry["ok"]
     assert not any(quantity["ok"] for quantity in entry["quantities"].values())
     assert entry["quantities"]["flow"]["rel"] > 0.1
+
+
+def test_an_int8_folder_shows_its_error(checkpoints, write_case, tmp_path):
+    quantize_folder(checkpoints["wan"], tmp_path / "int8")
+    entry = run_case(tmp_path / "int8", write_case("bidirectional"))
+    assert not entry["ok"]
+    assert 1e-3 < entry["quantities"]["flow"]["rel"] < 0.02
 
 
 def test_sizes_come_from_the_files(checkpoints):

@@ -3,12 +3,24 @@
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from longlive_jax import checkpoint
 from longlive_jax.cli import main
+from longlive_jax.conversion.convert import convert_wan
+from longlive_jax.training.stage_config import LongTrainConfig
+from longlive_jax.training.stages.distillation import LongStage
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments" / "sprites"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+STARTS = {
+    "vae": [],
+    "teacher": ["--vae", "vae/checkpoint"],
+    "ar": ["--vae", "vae/checkpoint", "--init", "teacher/checkpoint", "--no-train-text-encoder"],
+    "init": ["--init", "ar/checkpoint", "--teacher", "teacher/checkpoint"],
+    "long": ["--init", "init/checkpoint", "--critic", "init/critic", "--teacher", "teacher/checkpoint"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -18,42 +30,150 @@ def own_cache(monkeypatch, tmp_path):
 
 def longlive(*args):
     with pytest.raises(SystemExit) as caught:
-        main(list(args))
+        main([str(arg) for arg in args])
     return caught.value.code
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The stages' folders, one starting from the other."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def run_stage(runs: Path, stage: str) -> None:
+    """A stage, and before it those that it starts from, unless they are there."""
+    for start in STARTS[stage]:
+        if "/" in start and not (runs / start).exists():
+            run_stage(runs, start.split("/")[0])
+    config = EXPERIMENTS / "sprites" / f"{stage}.yaml"
+    assert longlive("train", stage, "--config", config, "--smoke", *STARTS[stage], "--output", stage) == 0
 
 
 @pytest.mark.parametrize(
     "stage", ["vae", "teacher", "ar", *(pytest.param(s, marks=pytest.mark.slow) for s in ("init", "long"))]
 )
-def test_stage(tmp_path, capsys, stage):
-    output = tmp_path / stage
-    config = str(EXPERIMENTS / f"{stage}.yaml")
-    assert longlive("train", stage, "--config", config, "--smoke", "--output", str(output)) == 0
-    folder, steps = output / "checkpoint", 6 if stage in ("init", "long") else 4
-    assert f"{folder}: stage {stage} is done after {steps} steps" in capsys.readouterr().out
+def test_stage(runs, capsys, monkeypatch, stage):
+    monkeypatch.chdir(runs)
+    run_stage(runs, stage)
+    check_stage(Path(stage), stage, capsys.readouterr().out)
+
+
+def test_a_finished_stage_is_kept_and_ended_again(runs, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(runs)
+    if not Path("vae/checkpoint").exists():
+        run_stage(runs, "vae")
+    assert longlive("train", "vae", "--smoke", "--output", "vae") == 1
+    assert "holds a run and is kept" in capsys.readouterr().err
+    Path("vae/checkpoint").rename(tmp_path / "before")
+    assert longlive("train", "vae", "--output", "vae", "--resume") == 0, "nothing is left to do but the end"
+    assert checkpoint.checkpoint_hash("vae/checkpoint") == checkpoint.checkpoint_hash(tmp_path / "before")
+
+
+@pytest.mark.slow
+def test_what_the_last_stage_leaves_behind(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    if not Path("long/checkpoint").exists():
+        run_stage(runs, "long")
+    merged_adapters_are_those_of_the_file()
+    options = "--seconds", "1", "--checkpoint", "long/checkpoint", "--output", "video.mp4"
+    assert longlive("generate", "a large red star", *options) == 0
+    assert Path("video.mp4").stat().st_size > 500
+
+
+def check_stage(output: Path, stage: str, said: str) -> None:
+    folder, steps = output / "checkpoint", 2
+    assert f"{folder}: stage {stage} is done after {steps} steps" in said
     config = checkpoint.load_config(folder)
+    assert checkpoint.load_provenance(folder)["stage"] == stage
     parts = ["vae"] if stage == "vae" else ["vae", "transformer", "text_encoder"]
     for part in parts:
         assert checkpoint.load(folder, part)
-    assert checkpoint.load_provenance(folder)["stage"] == stage
+    assert config.vae.latent_std != (1.0,) * 16, "measured by the first stage"
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert all(line["loss"] is not None for line in lines if "loss" in line)
     assert (output / "validation" / f"step-{steps:06d}.mp4").stat().st_size > 500
-    if steps == 6:
+    if stage in ("init", "long"):
         assert any("critic_loss" in line for line in lines)
         assert checkpoint.load_provenance(output / "critic")["network"] == "critic"
-    assert longlive("train", stage, "--smoke", "--output", str(output)) == 1
-    assert "holds a run and is kept" in capsys.readouterr().err
-    assert longlive("train", stage, "--output", str(output), "--resume") == 0
-    assert (config.vae.latent_std == (1.0,) * 16) == (stage != "vae")
+
+
+def merged_adapters_are_those_of_the_file() -> None:
+    """LongLive's `lora.pt` on what the stage began with is the checkpoint that it left, by the way back and forth."""
+    for stage in ("init", "long"):
+        folders = "--checkpoint", f"{stage}/checkpoint", "--output", f"{stage}-torch"
+        assert longlive("convert", *folders, "--to", "torch") == 0
+    generator, loras = "init-torch/longlive_base.pt", [("long-torch/lora.pt", 1.0)]
+    convert_wan("init-torch", "merged", generator=generator, loras=loras, dtype="float32")
+    ours, theirs = (checkpoint.load(folder, "transformer") for folder in ("long/checkpoint", "merged"))
+    began = checkpoint.load("init/checkpoint", "transformer")
+    kernel = lambda tree: tree["blocks"]["ffn"]["up"]["kernel"]
+    np.testing.assert_allclose(kernel(theirs), kernel(ours), atol=1e-6)
+    assert np.abs(kernel(ours) - kernel(began)).max() > 1e-6, "something was learnt"
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text("optimiser: {}\n")
-    assert longlive("train", "ar", "--config", str(path), "--output", str(tmp_path / "o")) == 1
+    assert longlive("train", "ar", "--config", path, "--output", tmp_path / "o") == 1
     assert capsys.readouterr().err == f"longlive: {path}: unknown key 'optimiser'; did you mean 'optimizer'?\n"
-    assert longlive("train", "ar", "--smoke", "--init", "sprites", "--output", str(tmp_path / "o")) == 1
+    assert longlive("train", "ar", "--smoke", "--init", "sprites", "--output", tmp_path / "o") == 1
     error = capsys.readouterr().err
-    assert "init sprites is of another model: " in error and "transformer.dim is 128, the settings say 32" in error
+    assert "init sprites is of another model: " in error and "transformer.dim is 128, the settings say 16" in error
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.txt": "one\ntwo\n", "b.txt": "three\n"}, "a.txt has 2, b.txt has 1 prompts; make them equally long"),
+        ({"a.txt": "one\n", "b.txt": "\n\n"}, "b.txt"),
+        ({"a.txt": "one\n"}, "1 prompt files are given; a video with 2 prompts needs 2"),
+    ],
+    ids=["unequal", "empty", "one file"],
+)
+def test_prompt_files(tmp_path, capsys, monkeypatch, files, message):
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        Path(name).write_text(text)
+    assert longlive("train", "long", "--smoke", "--prompts", *files, "--output", "o") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") <= 3, "a line, after what else is said"
+    assert not Path("o").exists()
+
+
+@pytest.mark.parametrize("stage", ["init", "long"])
+def test_check_says_what_a_pod_needs(tmp_path, capsys, monkeypatch, stage):
+    """By shapes alone: nothing of 1.3B or 14B is allocated, no device but this CPU is asked."""
+    monkeypatch.chdir(tmp_path)
+    config = EXPERIMENTS / "wan" / f"{stage}.yaml"
+    assert longlive("train", stage, "--config", config, "--check", "--output", "o") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"stage {stage}, 64 streams on data 1 x fsdp 8: about ") and "on each of 8 devices" in said
+    assert longlive("train", stage, "--config", config, "--check", "--output", "o", "--run.device-gib", "15.75") == 1
+    assert "but only 15.8 GiB are free" in capsys.readouterr().err
+    assert longlive("train", stage, "--config", config, "--check", "--output", "o", "--run.fsdp", "7") == 1
+    assert "does not divide" in capsys.readouterr().err
+    assert not Path("o").exists()
+
+
+def test_parts_of_a_distillation_step_fit_together(tmp_path):
+    """Traced, not run: what one gives is what the next one takes."""
+    stage = LongStage(LongTrainConfig().shrunk(), tmp_path, lambda line: None)
+    learners, frozen = stage.shapes()
+    frozen["text_encoder"] = checkpoint.abstract_params("text_encoder", stage.model.text_encoder)
+    source = stage.source(stage.config.phases[0], 0)
+    batch = stage.collate([source[i] for i in range(2)])
+    carry = jax.tree.map(lambda a: a[0, 0], stage.carry(stage.config.phases[0]))
+    frames = stage.config.distillation.chunk_frames
+    for first in (True, False):
+        made = {}
+        for part in stage._parts(first):
+            made[part.name] = jax.eval_shape(
+                part.function, learners | frozen, carry, batch, jax.random.key(0), made
+            )  # fmt: skip
+        assert list(made) == ["rollout", "vae", "teacher", "generator_backward", "critic"]
+        assert made["vae"][0].shape == (2, frames, 8, 8, 16)
+        assert [flow.shape for flow in made["teacher"]] == [(2, frames, 8, 8, 16)] * 2, "guided: two passes"
+        shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
+        assert shapes(made["generator_backward"]) == shapes(learners["generator"])
+        assert shapes(made["critic"]) == shapes(learners["critic"])

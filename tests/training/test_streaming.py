@@ -108,11 +108,11 @@ def test_frames_that_count(parts, official, expected):
     tape = Tape(x=None, latents=None, clean=None, prompt=prompt)
     state = run.rollout.init(params["generator"], 1, 2, 4)
     new = jax.random.normal(jax.random.key(0), (1, 3, 2, 4, 4))
-    window, frames = run._judged(params, state, new, tape, False)
+    window, frames = run.judged(params, state, new, tape, False)
     assert window.shape == (1, 4, 2, 4, 4)
     np.testing.assert_array_equal(frames, np.asarray(expected, bool))
     np.testing.assert_array_equal(window[:, 1:], new)
-    assert run._judged(params, state, new, tape, True)[0] is new
+    assert run.judged(params, state, new, tape, True)[0] is new
 
 
 def test_what_is_judged_begins_as_a_video(parts):

@@ -5,8 +5,10 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -18,9 +20,11 @@ from toy_stage import Silent, ToyConfig, ToyPhase, ToyStage
 
 from longlive_jax import memory
 from longlive_jax.errors import UserError
+from longlive_jax.training import data, trainer
 from longlive_jax.training.checkpointing import Checkpoints
 from longlive_jax.training.metrics import Metrics
-from longlive_jax.training.runs import stored_config
+from longlive_jax.training.optimizer import make_optimizer
+from longlive_jax.training.runs import shortened, stored_config
 from longlive_jax.training.trainer import Interrupted, required_memory, train
 
 
@@ -47,10 +51,14 @@ def last_state(folder: Path):
 
 
 def assert_same_run(one: Path, two: Path):
-    (arrays, data), (others, other_data) = last_state(one), last_state(two)
-    assert arrays.keys() == others.keys() and data == other_data
+    (arrays, positions), (others, other_positions) = last_state(one), last_state(two)
+    assert arrays.keys() == others.keys() and positions == other_positions
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, others[name], err_msg=name)
+    assert_same_results(one, two)
+
+
+def assert_same_results(one: Path, two: Path):
     np.testing.assert_array_equal(np.load(one / "checkpoint" / "w.npy"), np.load(two / "checkpoint" / "w.npy"))
     figures = [[(r["step"], r.get("loss"), r.get("grad_norm")) for r in lines(folder)] for folder in (one, two)]
     assert figures[0] == figures[1]
@@ -78,7 +86,8 @@ def test_a_run_learns_and_leaves_what_it_should(whole):
         -1
     ].keys()
     assert "mfu" not in steps[-1], "nobody knows a CPU's peak"
-    assert sorted(p.name for p in (whole / "validation").iterdir()) == ["step-000006.mp4", "step-000012.mp4"]
+    videos = sorted(p.name for p in (whole / "validation").iterdir())
+    assert videos == ["step-000006.mp4", "step-000006.png", "step-000012.mp4", "step-000012.png"]
     assert {p.name for p in (whole / "state").iterdir() if p.name.isdigit()} == {"8", "12"}
 
 
@@ -165,6 +174,102 @@ def test_tensorboard_files(tmp_path):
     metrics.write(1, {"loss": 1.0})
     metrics.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_phase_that_would_take_too_long_has_fewer_steps(tmp_path, monkeypatch):
+    asked = []
+
+    def make(config, rate, steps):
+        asked.append(steps)
+        return make_optimizer(config, rate, steps)
+
+    monkeypatch.setattr(trainer, "make_optimizer", make)
+    config = dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 30, minutes=1e-9), ToyPhase("two", 6)))
+
+    def on_step(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, config, on_step=on_step)
+    assert shortened(tmp_path) == {"one": 3} and set(asked) == {30, 3}
+    reporter = run(tmp_path, config, resume=True)
+    assert reporter.lines[0] == "resumed at step 3 of 9" and reporter.steps == list(range(4, 10))
+    assert [r["phase"] for r in lines(tmp_path) if "loss" in r] == ["one"] * 3 + ["two"] * 6
+
+
+def test_a_phase_with_enough_time_keeps_its_steps(tmp_path):
+    config = dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 30, minutes=60),))
+    assert run(tmp_path, config).steps[-1] == 30 and shortened(tmp_path) == {}
+
+
+def test_parts_of_a_step_are_timed_apart(whole, tmp_path):
+    run(tmp_path, changed(split_every=4))
+    timed = [r for r in lines(tmp_path) if "seconds_add" in r]
+    assert [r["step"] for r in timed] == [1, 5, 9]
+    assert all(r["seconds_double"] > 0 and r["seconds_split"] >= r["seconds_add"] for r in timed)
+    assert not any("seconds_add" in r for r in lines(whole))
+    np.testing.assert_array_equal(np.load(tmp_path / "checkpoint" / "w.npy"), np.load(whole / "checkpoint" / "w.npy"))
+
+
+def test_our_own_batches_go_on_too(whole, tmp_path, monkeypatch):
+    """Without grain a position is the step; the numbers are the same."""
+    monkeypatch.setattr(data, "grain_batches", lambda *_: None)
+    with pytest.raises(Interrupted):
+        run(tmp_path, on_step=lambda step: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="state/5 was written without grain .*; give --run.workers 1"):
+        run(tmp_path, resume=True)
+    run(tmp_path, changed(workers=1), resume=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "checkpoint" / "w.npy"), np.load(whole / "checkpoint" / "w.npy"))
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_two_devices(tmp_path):
+    command = [sys.executable, toy_stage.__file__]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    one = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([*command, str(tmp_path / "one"), "--devices", "2"], env=one, check=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    several = environment | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    options = [str(tmp_path / "two"), "--devices", "2", "--distributed"]
+    processes = [
+        subprocess.Popen([*command, *options], env=several | {"JAX_PROCESS_ID": str(i)}) for i in range(2)
+    ]  # fmt: skip
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    # Not bit for bit: the two devices' gradients are summed by gloo, not by one program.
+    one, two = (np.load(tmp_path / name / "checkpoint" / "w.npy") for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-6)
+    losses = [[r["loss"] for r in lines(tmp_path / name) if "loss" in r] for name in ("one", "two")]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    positions = list((tmp_path / "two" / "state" / "12" / "data").glob("process_*.json"))
+    assert len(positions) == 2, "each process has its own"
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+    """A stand-in for wandb: a run that goes on is the same run there; words are not logged."""
+    begun, logged = [], []
+
+    class Run:
+        log = staticmethod(lambda figures, step: logged.append((step, figures)))
+        finish = staticmethod(lambda: logged.append("finished"))
+
+    stand_in = types.SimpleNamespace(init=lambda **settings: begun.append(settings) or Run)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for step in (1, 2):
+        metrics = Metrics(tmp_path, step - 1, print, tensorboard=False, wandb="sprites", config={"a": 1})
+        metrics.write(step, {"loss": 1.0, "phase": "one"})
+        metrics.close()
+    assert begun[0] == begun[1] and (begun[0]["project"], begun[0]["resume"]) == ("sprites", "allow")
+    assert logged == [(1, {"loss": 1.0}), "finished", (2, {"loss": 1.0}), "finished"]
+
+
+def test_weights_and_biases_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="run.wandb is 'sprites', but wandb is not installed: pip install wandb"):
+        Metrics(tmp_path, 0, print, tensorboard=False, wandb="sprites")
 
 
 # MARK: refusals

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import grain
 import jax
 import numpy as np
 from flax import nnx
 
 from longlive_jax.decoding.decoder import to_uint8
+from longlive_jax.training import data
 from longlive_jax.training.stage_config import StageConfig
-from longlive_jax.training.step import Turn
+from longlive_jax.training.step import Part, Turn
 
 
 class Stage:
@@ -54,15 +54,16 @@ class Stage:
         """Whether a learner's weights are averaged (if the settings say so at all)."""
         return True
 
-    def carry(self) -> Any:
-        """What a stream needs of its past, before its first step; leading axes [streams / devices, devices]."""
+    def carry(self, phase: Any) -> Any:
+        """What a stream needs of its past, before a phase's first step; leading axes [streams / devices, devices]."""
         return ()
 
     def source(self, phase: Any, seed: int) -> Any:
-        """A grain source whose record i is a pure function of phase, seed and i."""
+        """A source (as grain's) whose record i is a pure function of phase, seed and i."""
         raise NotImplementedError
 
-    def collate(self, records: list[Any]) -> Any:
+    @staticmethod
+    def collate(records: list[Any]) -> Any:
         """Records of one stream as a batch."""
         return jax.tree.map(lambda *leaves: np.stack(leaves), *records)
 
@@ -74,6 +75,10 @@ class Stage:
           plain: in float32 and without rematerialisation, to count FLOPs.
         """
         raise NotImplementedError
+
+    def parts(self, phase: Any, step: int) -> tuple[Part, ...]:
+        """What a step's time goes to, in the order in which it happens; steps are counted from the phase's start."""
+        return ()
 
     def validate(self, best: dict[str, Any], frozen: dict[str, Any]) -> tuple[dict[str, float], np.ndarray]:
         """Figures, and a video uint8 [T, H, W, 3] to look at.
@@ -88,14 +93,23 @@ class Stage:
         """Writes the checkpoint folder that the next stage (and `longlive generate`) starts from."""
         raise NotImplementedError
 
-    def data(self, phase: Any) -> grain.DatasetIterator:
-        """Batches `[streams, b, ...]` of a phase; the iterator's position is part of a checkpoint."""
+    def data(self, phase: Any, position: int, mine: Sequence[int]) -> Iterator[Any]:
+        """Batches `[streams, b, ...]` of a phase.
+
+        Args:
+          phase: which.
+          position: batches that were drawn before; grain's iterator begins at 0 and is set by a checkpoint.
+          mine: the streams of a batch that this process trains on.
+        """
         run = self.config.run
         source = self.source(phase, 1000 * run.seed + self.config.phases.index(phase))
-        dataset = grain.MapDataset.source(source).batch(phase.batch_size // run.streams, batch_fn=self.collate)
-        # Two threads: a batch is drawn while the one before is computed. More would take the cores from a CPU run.
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        return iter(dataset.batch(run.streams).to_iter_dataset(options))
+        size = phase.batch_size // run.streams
+        if len(mine) < run.streams:
+            source = data.Rows(source, run.streams, size, tuple(mine))
+        drawn = None if run.workers else data.grain_batches(source, self.collate, len(mine), size)
+        if drawn is not None:
+            return drawn
+        return data.Batches(source, self.collate, len(mine), size, position=position, workers=run.workers)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -25,19 +25,19 @@ from longlive_jax.data.sprite_prompts import canonical, paraphrase
 from longlive_jax.data.sprite_source import CANONICAL_SHARE
 from longlive_jax.data.sprites import combinations_of
 from longlive_jax.errors import raise_all
-from longlive_jax.models.layers import structure
+from longlive_jax.models.layers import initial, structure
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
 from longlive_jax.pipeline import LongLivePipeline
 from longlive_jax.training import lora
 from longlive_jax.training.dmd import Score
 from longlive_jax.training.rollout import Rollout
-from longlive_jax.training.stage_config import DistillPhase
+from longlive_jax.training.stage_config import SIZES, DistillPhase
 from longlive_jax.training.stages.base import side_by_side
 from longlive_jax.training.stages.transformer import ModelStage, test_prompts
 from longlive_jax.training.state import Prompts
-from longlive_jax.training.step import Turn
-from longlive_jax.training.streaming import Distillation
+from longlive_jax.training.step import Part, Turn
+from longlive_jax.training.streaming import Distillation, joined
 
 NEVER = 2**30
 """Latent frame of a switch that does not come."""
@@ -150,6 +150,8 @@ class DistillStage(ModelStage):
                 self.sources[role] = checkpoint.checkpoint_hash(folder)
         if self._teacher is None:
             say("no teacher given (teacher: FOLDER): an untrained one judges, which is good for trying out only")
+            if config.teacher_size is not None:
+                self.teacher_config = SIZES[config.teacher_size]()
         else:
             self.teacher_config = checkpoint.load_config(self._teacher).transformer
         self.critic_config = (
@@ -175,6 +177,7 @@ class DistillStage(ModelStage):
 
     # MARK: networks
 
+    @functools.cache  # noqa: B019 - a stage lives as long as its run
     def _structure(self, cfg, *, adapted: bool) -> nnx.GraphDef:
         make = lambda: WanTransformer(cfg, rngs=nnx.Rngs(0))
         return structure(lambda: self._adapt(make(), 0) if adapted else make())
@@ -183,6 +186,15 @@ class DistillStage(ModelStage):
         if not self.config.lora_rank:
             return model
         return lora.adapt(model, rank=self.config.lora_rank, alpha=self.config.lora_alpha, rngs=nnx.Rngs(seed))
+
+    def _adapters(self, cfg, seed: int) -> dict[str, Any]:
+        """First parameters of a network's adapters; its weights are not drawn, for nobody asks for them."""
+
+        def draw():
+            model = self._adapt(WanTransformer(cfg, rngs=nnx.Rngs(0)), seed)
+            return lora.split(nnx.to_pure_dict(nnx.state(model))).trained
+
+        return jax.jit(draw)()
 
     def _split(self, params: dict[str, Any]) -> tuple[Any, Any]:
         """(trained, frozen) of an adapted network, or all of it and nothing."""
@@ -202,23 +214,22 @@ class DistillStage(ModelStage):
             trained, base = self._split(nnx.to_pure_dict(nnx.state(nnx.eval_shape(make))))
             learners[name], frozen[f"{name}_base"] = {"transformer": trained}, {"transformer": base}
         frozen["teacher"] = checkpoint.abstract_params("transformer", self.teacher_config)
-        frozen["text_encoder"] = checkpoint.abstract_params("text_encoder", self.model.text_encoder)
+        frozen["text_encoder"] = checkpoint.abstract_params("text_encoder", self.text_shape)
         frozen["vae"] = checkpoint.abstract_params("vae", self.model.vae)
         return learners, frozen
 
     def parameters(self):
         first, seed = self.first_params(), self.config.run.seed
         load = lambda folder: checkpoint.load(folder, "transformer", np.float32)
-        fresh = lambda cfg, n: nnx.to_pure_dict(nnx.state(WanTransformer(cfg, rngs=nnx.Rngs(5 * seed + n))))
+        fresh = lambda cfg, n: initial(lambda: WanTransformer(cfg, rngs=nnx.Rngs(5 * seed + n)))
         teacher = fresh(self.teacher_config, 3) if self._teacher is None else load(self._teacher)
         critic = teacher if self._critic == self._teacher else load(self._critic)
         learners, frozen = {}, {"teacher": teacher, "text_encoder": first["text_encoder"], "vae": self._vae_params()}
         networks = (("generator", self.model.transformer, first["transformer"]), ("critic", self.critic_config, critic))
         for n, (name, cfg, params) in enumerate(networks):
+            trained, base = params, {}
             if self.config.lora_rank:
-                model = nnx.merge(self._structure(cfg, adapted=False), params)
-                params = nnx.to_pure_dict(nnx.state(self._adapt(model, 5 * seed + n + 1)))
-            trained, base = self._split(params)
+                trained, base = self._adapters(cfg, 5 * seed + n + 1), params
             learners[name], frozen[f"{name}_base"] = {"transformer": trained}, {"transformer": base}
         return learners, frozen
 
@@ -236,13 +247,15 @@ class DistillStage(ModelStage):
         videos = phase.batch_size // self.config.run.streams
         layer = videos * tokens * (12 * cfg.dim + 2 * cfg.ffn_dim) * size
         kept = {"none": 12 * cfg.dim + 2 * cfg.ffn_dim, "layer": cfg.dim, "dots": 6 * cfg.dim + cfg.ffn_dim}
-        logits = 8 * videos * cfg.num_heads * tokens**2 if jax.default_backend() == "cpu" or size == 4 else 0
+        logits = 8 * videos * cfg.num_heads * tokens**2 if self.builds_logits else 0
+        others = max(1, self.config.run.streams // self.config.run.devices) - 1 if self.streaming else 0
         parked = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self._carry_shapes(videos)))
         return {
             "critic activations": layer + logits
             + cfg.num_layers * videos * tokens * kept[self.config.distillation.remat] * size,
-            # The window, and the clean keys and values of a chunk's blocks.
-            "KV caches": 3 * parked * max(1, self.config.run.streams // self.config.run.devices),
+            # Of the stream in flight the window, and the clean keys and values of a chunk's blocks; of the others what
+            # they carry, before and after the step.
+            "KV caches": (3 + 2 * others) * parked,
         }  # fmt: skip
 
     # MARK: data
@@ -261,7 +274,8 @@ class DistillStage(ModelStage):
             phase.batch_size // self.config.run.streams, seed, phase.steps * phase.batch_size,
         )  # fmt: skip
 
-    def collate(self, records) -> dict[str, np.ndarray]:
+    @staticmethod
+    def collate(records) -> dict[str, np.ndarray]:
         """{"ids", "mask" [turn, prompt, b, L], "switch_frame" [turn]}."""
         return {
             "ids": np.stack([r["ids"] for r in records], axis=2),
@@ -271,6 +285,7 @@ class DistillStage(ModelStage):
 
     # MARK: losses
 
+    @functools.cache  # noqa: B019
     def _distillation(self, plain: bool) -> Distillation:
         config, dtype = self.config.distillation, "float32" if plain else self.config.run.dtype
         if plain:
@@ -282,19 +297,13 @@ class DistillStage(ModelStage):
             vae=structure(lambda: VAE(self.model.vae, rngs=nnx.Rngs(0))),
         )
 
-    @functools.cache  # noqa: B019 - a stage lives as long as its run
+    @functools.cache  # noqa: B019
     def _turn(self, learner: str, index: int, first: bool, plain: bool) -> Turn:
         distillation = self._distillation(plain)
         rows, columns, _ = self._latent
 
         def loss(params, nets, carry, batch, key):
-            own = nets | {learner: params}
-            networks = {
-                "generator": self._join(own["generator"], nets["generator_base"]),
-                "critic": self._join(own["critic"], nets["critic_base"]),
-                "teacher": nets["teacher"],
-                "vae": nets["vae"],
-            }
+            networks = self._networks(nets | {learner: params})
             prompts = self._prompts(nets, batch, index, distillation.rollout.dtype)
             state = carry
             if first:
@@ -304,6 +313,62 @@ class DistillStage(ModelStage):
             return value, (state if self.streaming else carry, metrics)
 
         return Turn(learner, loss, "" if learner == "generator" else "critic_")
+
+    def _networks(self, nets: dict[str, Any]) -> dict[str, Any]:
+        """As the losses take them."""
+        return {
+            "generator": self._join(nets["generator"], nets["generator_base"]),
+            "critic": self._join(nets["critic"], nets["critic_base"]),
+            "teacher": nets["teacher"],
+            "vae": nets["vae"],
+        }
+
+    def parts(self, phase, step):
+        return self._parts(self.schedule.turns(step)[0][2] == 0)
+
+    @functools.cache  # noqa: B019
+    def _parts(self, first: bool) -> tuple[Part, ...]:
+        """Those of a turn; how often an average step has them depends on how often the student learns."""
+        distillation, (rows, columns, _) = self._distillation(False), self._latent
+
+        def rollout(nets, carry, batch, key, made):
+            networks, prompts = self._networks(nets), self._prompts(nets, batch, 0, distillation.rollout.dtype)
+            state = carry
+            if first:
+                state = distillation.rollout.init(networks["generator"], prompts.embeds.shape[1], rows, columns)
+            draws = distillation.draw(key, state, first=first)
+            _, tape = distillation.rollout.run(networks["generator"], state, prompts, draws.rollout)
+            return state, prompts, draws, tape
+
+        def vae(nets, carry, batch, key, made):
+            state, _, _, tape = made["rollout"]
+            return distillation.judged(nets, state, joined(tape), tape, first)
+
+        def teacher(nets, carry, batch, key, made):
+            (_, prompts, draws, tape), (window, _) = made["rollout"], made["vae"]
+            return distillation.teacher_flows(nets, window, prompts, draws, tape)
+
+        def generator_backward(nets, carry, batch, key, made):
+            state, prompts, draws, tape = made["rollout"]
+
+            def latents(params):
+                joint = self._join(params, nets["generator_base"])
+                return jnp.sum(distillation.rollout.with_gradient(joint, state, prompts, draws.rollout, tape))
+
+            return jax.grad(latents)(nets["generator"])
+
+        def critic(nets, carry, batch, key, made):
+            (_, prompts, draws, tape), (window, frames) = made["rollout"], made["vae"]
+
+            def loss(params):
+                joint = self._join(params, nets["critic_base"])
+                return distillation.critic_window_loss(joint, window, prompts, draws, tape, frames)
+
+            return jax.grad(loss)(nets["critic"])
+
+        share = 1 / self.config.student_every
+        found = [Part("rollout", rollout, 1 + share), Part("vae", vae, 1 + share), Part("teacher", teacher, share)]
+        return (*found, Part("generator_backward", generator_backward, share), Part("critic", critic, 1.0))
 
     def _prompts(self, nets, batch, index: int, dtype: str) -> Prompts:
         text = nnx.merge(self.graphs["text_encoder"], nets["text_encoder"])
@@ -370,8 +435,8 @@ class LongStage(DistillStage):
     name = "long"
     streaming = True
 
-    def carry(self):
+    def carry(self, phase):
         run = self.config.run
-        shapes = self._carry_shapes(self.config.phases[0].batch_size // run.streams)
+        shapes = self._carry_shapes(phase.batch_size // run.streams)
         leading = run.streams // run.devices, run.devices
         return jax.tree.map(lambda a: jnp.zeros((*leading, *a.shape), a.dtype), shapes)

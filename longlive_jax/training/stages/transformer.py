@@ -18,7 +18,7 @@ from longlive_jax.data.latent_source import LatentSource
 from longlive_jax.data.sprite_prompts import all_prompts, canonical
 from longlive_jax.data.sprites import combinations_of
 from longlive_jax.errors import UserError, raise_all
-from longlive_jax.models.layers import structure
+from longlive_jax.models.layers import initial, structure
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
@@ -40,10 +40,17 @@ class ModelStage(Stage):
         vae = hub.find(config.vae) if config.vae is not None else self._init
         self._tokenizer = self._make_tokenizer()
         text = dataclasses.replace(config.text_encoder, vocab_size=self._tokenizer.vocab_size)
-        self._vae_folder, vae_cfg = vae, VAEConfig.sprites() if vae is None else checkpoint.load_config(vae).vae
-        if vae is None:
+        # A tokeniser made here has the sprites world's few words; what the settings ask for is what has to fit.
+        self.text_shape = text if self._init is not None else config.text_encoder
+        self._vae_folder = vae
+        if vae is not None:
+            vae_cfg = checkpoint.load_config(vae).vae
+        else:
             say("no VAE given (vae: FOLDER): an untrained one makes the latents, which is good for trying out only")
-            vae_cfg = dataclasses.replace(vae_cfg, base_width=4, multipliers=(1, 1, 1, 1), res_blocks=0)
+            vae_cfg = VAEConfig.wan()
+            if (config.sampler.height, config.sampler.width) == (64, 64):
+                tiny = {"base_width": 4, "multipliers": (1, 1, 1, 1), "res_blocks": 0}
+                vae_cfg = dataclasses.replace(VAEConfig.sprites(), **tiny)
         self.model = ModelConfig(config.transformer, vae_cfg, text, config.sampler)
         self._compare_init()
         for role, folder in (("init", self._init), ("vae", vae)):
@@ -53,6 +60,12 @@ class ModelStage(Stage):
             "transformer": structure(lambda: WanTransformer(self.model.transformer, rngs=nnx.Rngs(0))),
             "text_encoder": structure(lambda: TextEncoder(self.model.text_encoder, rngs=nnx.Rngs(0))),
         }
+
+    @property
+    def builds_logits(self) -> bool:
+        """Whether attention has its logits in memory, in float32."""
+        run = self.config.run
+        return run.dtype == "float32" or (jax.default_backend() == "cpu" and run.device_gib is None)
 
     def _make_tokenizer(self) -> PromptTokenizer:
         length = self.config.transformer.text_length
@@ -82,13 +95,13 @@ class ModelStage(Stage):
         }
         if self._init is not None:
             return {part: checkpoint.load(self._init, part, np.float32) for part in makers}
-        return {part: nnx.to_pure_dict(nnx.state(make())) for part, make in makers.items()}
+        return {part: initial(make) for part, make in makers.items()}
 
     @functools.cache  # noqa: B019 - a stage lives as long as its run
     def _vae_params(self):
         if self._vae_folder is not None:
             return checkpoint.load(self._vae_folder, "vae", np.float32)
-        return nnx.to_pure_dict(nnx.state(VAE(self.model.vae, rngs=nnx.Rngs(0))))
+        return initial(lambda: VAE(self.model.vae, rngs=nnx.Rngs(0)))
 
 
 class TransformerStage(ModelStage):
@@ -121,9 +134,7 @@ class TransformerStage(ModelStage):
         tokens = self.sequence_frames(phase) * rows * columns // (cfg.patch[1] * cfg.patch[2])
         clips = phase.batch_size // self.config.run.streams
         of_layer = clips * tokens * (12 * cfg.dim + 2 * cfg.ffn_dim) * size
-        logits = 0
-        if jax.default_backend() == "cpu" or size == 4:
-            logits = 2 * 4 * clips * cfg.num_heads * tokens * tokens
+        logits = 2 * 4 * clips * cfg.num_heads * tokens * tokens if self.builds_logits else 0
         if self.config.remat == "none":
             layers = cfg.num_layers * (of_layer + logits)
         else:
@@ -146,6 +157,7 @@ class TransformerStage(ModelStage):
         latents, plans = cached_latents(
             vae, root / phase.name, clips=phase.clips, latent_frames=phase.clip_frames, block=block, seed=CLIP_SEED,
             vae_hash=self.sources.get("vae", self.sources.get("init", "untrained")), say=self.say,
+            workers=self.config.run.workers,
         )  # fmt: skip
         return LatentSource(
             latents, plans, self._tokenizer, block=block, frames=phase.frames,
@@ -153,7 +165,8 @@ class TransformerStage(ModelStage):
             prompt_dropout=self.config.prompt_dropout, seed=seed, length=phase.steps * phase.batch_size,
         )  # fmt: skip
 
-    def collate(self, records) -> dict[str, np.ndarray]:
+    @staticmethod
+    def collate(records) -> dict[str, np.ndarray]:
         """The fields of a `Batch`."""
         columns = {name: np.stack([record[name] for record in records]) for name in records[0]}
         # One stream's clips share their positions.

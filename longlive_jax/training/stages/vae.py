@@ -7,7 +7,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -17,12 +16,12 @@ from longlive_jax.config import ModelConfig
 from longlive_jax.data.sprite_source import make_clip
 from longlive_jax.data.sprites import render_crowd
 from longlive_jax.errors import UserError
-from longlive_jax.models.layers import structure
+from longlive_jax.models.layers import initial, structure
 from longlive_jax.models.vae import VAE
 from longlive_jax.training.stage_config import VAEPhase
 from longlive_jax.training.stages.base import Stage, decoded, side_by_side
 from longlive_jax.training.step import Turn
-from longlive_jax.training.vae import inflate, latent_statistics, vae_loss
+from longlive_jax.training.vae import encoded, inflate, latent_statistics, vae_loss
 
 FRAMES = 17
 """Of validation clips and of those whose latents are measured: the VAE must do at any length what it learnt."""
@@ -78,8 +77,8 @@ class VAEStage(Stage):
     def parameters(self):
         if self._init is not None:
             return {"vae": {"vae": checkpoint.load(self._init, "vae", np.float32)}}, {}
-        vae = inflate(VAE(self.config.vae, rngs=nnx.Rngs(self.config.run.seed)))
-        return {"vae": {"vae": nnx.to_pure_dict(nnx.state(vae))}}, {}
+        make = lambda: inflate(VAE(self.config.vae, rngs=nnx.Rngs(self.config.run.seed)))
+        return {"vae": {"vae": initial(make)}}, {}
 
     def source(self, phase: VAEPhase, seed: int) -> VAESource:
         return VAESource(phase.frames, phase.sprites, 100 + seed, phase.steps * phase.batch_size)
@@ -90,7 +89,7 @@ class VAEStage(Stage):
     def validate(self, best, frozen):
         clips = np.stack([make_clip(998, i, FRAMES, "test")["frames"] for i in range(4)])
         params = best["vae"]["vae"]
-        latents = _encoded(self._graph, params, jnp.asarray(clips, jnp.float32) / 127.5 - 1)
+        latents = encoded(nnx.merge(self._graph, params), clips)
         made = np.asarray(decoded(self._graph, params, latents))
         error = np.mean(np.abs(made.astype(float) - clips)) / 127.5
         return {"validation_l1": float(error)}, side_by_side(np.concatenate([clips, made]), len(clips))
@@ -121,8 +120,3 @@ def _turns(graph, emphasis: float, kl_weight: float, dtype: str) -> tuple[Turn, 
         return value, (carry, metrics)
 
     return (Turn("vae", loss),)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encoded(graph, params, video):
-    return nnx.merge(graph, params).encode(video)[0]

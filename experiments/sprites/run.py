@@ -1,0 +1,290 @@
+"""All stages of the sprites model in one command: VAE, teacher, student, distillation, streaming, evaluation, package.
+
+    python experiments/sprites/run.py --output runs/gpu                          # one GPU, under 25 minutes
+    python experiments/sprites/run.py --output runs/rehearsal --rehearse         # the same at tiny sizes, on a CPU
+
+Call it again to go on: a stage whose checkpoint is there is left out, one that was cut off goes on from its own state.
+`--stop-after SECONDS` ends a call in time, saved (exit status 3: there is more to do); leave a minute for a program
+that is being compiled just then. Every call that ends by itself leaves OUTPUT/package: a .tar.gz a finished stage, each
+under 16 MiB, and one of the figures. `--restore FOLDER` unpacks those on another machine. Data, latents and compiled
+programs are made again there; a stage that was under way begins again.
+
+Settings are in gpu/*.yaml. Their `minutes` are shares of the budget: where the steps of a phase would take longer, it
+has fewer. Needs neither grain nor tyro, ftfy, ffmpeg or a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+from longlive_jax.errors import UserError
+
+STAGES = ("vae", "teacher", "ar", "init", "long", "evaluate", "package")
+BUDGET, OVERHEAD = 25.0, 10.0
+"""Minutes in all, and of those for compiling, latents, validation and evaluation: the rest is for the phases."""
+
+MARGIN = 25.0
+"""Seconds before --stop-after at which training stops, to write its state."""
+
+LIMIT = 16 * 2**20
+"""Bytes of a packed file."""
+
+STARTS = {
+    "vae": {},
+    "teacher": {"vae": "vae/checkpoint"},
+    "ar": {"vae": "vae/checkpoint", "init": "teacher/checkpoint"},
+    "init": {"vae": "vae/checkpoint", "init": "ar/checkpoint", "teacher": "teacher/checkpoint"},
+    "long": {
+        "vae": "vae/checkpoint", "init": "init/checkpoint", "teacher": "teacher/checkpoint", "critic": "init/critic"
+    },
+}  # fmt: skip
+"""What each stage begins with."""
+
+
+class Log:
+    """A `trainer.Reporter` on standard output; what a stage says goes into OUTPUT/log.jsonl too."""
+
+    def __init__(self, output: Path):
+        self.path, self.stage, self.began = output / "log.jsonl", "", time.monotonic()
+
+    def say(self, line: str) -> None:
+        at = round(time.monotonic() - self.began, 1)
+        print(f"[{at:7.1f} s] {self.stage}: {line}", flush=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"seconds": at, "stage": self.stage, "line": line}) + "\n")
+
+    def progress(self, done: int, total: int, phase: str, figures: dict[str, float]) -> None:
+        losses = ", ".join(f"{n} {v:.4g}" for n, v in figures.items() if n.endswith("loss"))
+        left = figures["seconds"] * (total - done)
+        at = time.monotonic() - self.began
+        print(f"[{at:7.1f} s] {phase}: step {done} of {total}, {losses}, {left:.0f} s left", flush=True)
+
+
+@dataclasses.dataclass
+class Run:
+    """One call.
+
+    Attributes:
+      output: folder of all stages.
+      budget: minutes of all calls together.
+      deadline: time.monotonic() at which this one must have ended; None for none.
+      rehearse: tiny sizes.
+      log: is told.
+    """
+
+    output: Path
+    budget: float
+    deadline: float | None
+    rehearse: bool
+    log: Log
+
+    @property
+    def left(self) -> float:
+        """Seconds that may still be trained."""
+        return float("inf") if self.deadline is None else self.deadline - MARGIN - time.monotonic()
+
+    def done(self, stage: str) -> bool:
+        folder = self.output / stage
+        if stage == "evaluate":
+            return (folder / "evaluation.json").exists()
+        if stage == "package":
+            return False
+        # The critic is written after the student.
+        last = folder / ("critic" if stage in ("init", "long") else "checkpoint")
+        return (last / "config.json").exists()
+
+    def stage(self, stage: str) -> bool:
+        """Does a stage; whether it came to its end."""
+        self.log.stage = stage
+        if self.done(stage):
+            self.log.say("is there")
+            return True
+        if self.left <= 0:
+            return False
+        self.log.say("begins")
+        if stage == "evaluate":
+            return self.evaluate()
+        return self.train(stage)
+
+    def config(self, stage: str):
+        from longlive_jax.training.stage_config import STAGES as KINDS
+        from longlive_jax.training.stage_config import read_config
+
+        folder = Path(__file__).parent / "gpu"
+        settings = {name: read_config(folder / f"{name}.yaml", KINDS[name]) for name in STARTS}
+        config, workers = settings[stage], os.cpu_count() or 1
+        minutes = sum(phase.minutes for other in settings.values() for phase in other.phases)
+        share = (self.budget - OVERHEAD) / minutes
+        phases = tuple(dataclasses.replace(p, minutes=p.minutes * share) for p in config.phases)
+        config = dataclasses.replace(config, phases=phases)
+        if self.rehearse:
+            config, workers = config.shrunk(), int(stage == "vae")  # a process takes as long to start as its data
+        starts = {name: str(self.output / path) for name, path in STARTS[stage].items()}
+        if stage in ("teacher", "ar"):
+            starts["latents"] = str(self.output / "latents")
+        run = dataclasses.replace(config.run, workers=min(config.run.workers, workers))
+        return dataclasses.replace(config, run=run, **starts)
+
+    def train(self, stage: str) -> bool:
+        from longlive_jax.training.runs import stored_config
+        from longlive_jax.training.stages import stage_of
+        from longlive_jax.training.trainer import train
+
+        folder, config = self.output / stage, self.config(stage)
+        resume = (folder / "run.json").exists()
+        if resume:
+            config = dataclasses.replace(stored_config(folder, type(config)), run=config.run)
+        minutes = None if self.deadline is None else self.left / 60
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, minutes=minutes))
+        made = stage_of(config, folder, self.log.say)
+        if train(made, folder, self.log, resume=resume) is None:
+            return False
+        shutil.rmtree(folder / "state")  # what a run goes on from; this one has ended
+        self.log.say("is done")
+        return True
+
+    # MARK: figures
+
+    def evaluate(self) -> bool:
+        """Adherence of student, few-step student and streaming student, after 5 s; of the last two after 30 s too."""
+        import numpy as np
+        from evaluate import evaluate
+
+        from longlive_jax.pipeline import LongLivePipeline
+        from longlive_jax.video import contact_sheet, save_image
+
+        folder, clips, long_clips = self.output / "evaluate", 200, 64
+        if self.rehearse:
+            clips, long_clips = 2, 2
+        reports: dict[str, dict] = {}
+        partial = folder / "partial.json"
+        if partial.exists():
+            reports = json.loads(partial.read_text())
+        folder.mkdir(parents=True, exist_ok=True)
+        for stage, seconds, count in (
+            ("ar", 5, clips), ("init", 5, clips), ("long", 5, clips), ("init", 30, long_clips), ("long", 30, long_clips)
+        ):  # fmt: skip
+            name = f"{stage}-{seconds}s"
+            if name in reports:
+                continue
+            if self.left <= 0:
+                return False
+            pipe = LongLivePipeline.from_pretrained(str(self.output / stage / "checkpoint"))
+            reports[name], seen = evaluate(pipe, count, 1 if self.rehearse else seconds, min(50, count))
+            save_image(contact_sheet(np.concatenate([sheet for sheet, *_ in seen[:16]]), 14), folder / f"{name}.png")
+            shares = {n: round(f["share"], 3) for n, f in reports[name]["adherence"].items()}
+            self.log.say(f"{name}: {shares}")
+            partial.write_text(json.dumps(reports, indent=1) + "\n")
+        os.replace(partial, folder / "evaluation.json")
+        return True
+
+    # MARK: taking it home
+
+    def package(self) -> None:
+        """OUTPUT/package: checkpoints in bfloat16, without the VAE but for the last; and the figures."""
+        self.log.stage, folder = "package", self.output / "package"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for stage in STARTS:
+            if not self.done(stage):
+                continue
+            for part in ("checkpoint", "critic") if stage == "init" else ("checkpoint",):
+                packed = folder / "checkpoint"
+                self._halved(self.output / stage / part, packed, whole=stage in ("vae", "long"))
+                self._tar(f"{stage}-{part}", {packed: f"{stage}/{part}"})
+                shutil.rmtree(packed)
+        report = {path: str(path.relative_to(self.output)) for path in self._report()}
+        self._tar("report", report)
+
+    def _report(self) -> list[Path]:
+        found = [self.output / "log.jsonl", *self.output.glob("*/metrics.jsonl"), *self.output.glob("*/run.json")]
+        found += [*self.output.glob("evaluate/*")]
+        for stage in STARTS:
+            found += sorted((self.output / stage / "validation").glob("*.png"))[-3:]
+        return [path for path in found if path.exists()]
+
+    def _halved(self, source: Path, target: Path, *, whole: bool) -> None:
+        import jax.numpy as jnp
+
+        from longlive_jax import checkpoint
+        from longlive_jax.tokenizer import PromptTokenizer
+
+        config = checkpoint.load_config(source)
+        parts = [p for p in checkpoint.MODULES if (source / f"{p}.safetensors").exists()]
+        params = {part: checkpoint.load(source, part) for part in parts if whole or part != "vae"}
+        tokenizer = None
+        if (source / "tokenizer.json").exists():
+            tokenizer = PromptTokenizer.from_folder(source, config.transformer.text_length)
+        provenance = checkpoint.load_provenance(source)
+        checkpoint.save(target, config, params, tokenizer, provenance, dtype=jnp.bfloat16)
+
+    def _tar(self, name: str, files: dict[Path, str]) -> None:
+        path = self.output / "package" / f"{name}.tar.gz"
+        with tarfile.open(path, "w:gz", compresslevel=6) as tar:
+            for file, inside in files.items():
+                tar.add(file, inside)
+        size = path.stat().st_size
+        self.log.say(f"{path.name}: {size / 2**20:.1f} MiB{'' if size < LIMIT else ', TOO LARGE TO BRING BACK'}")
+
+    def restore(self, folder: Path) -> None:
+        """Unpacks what another machine packed; checkpoints that were packed without their VAE get it again."""
+        for path in sorted(folder.glob("*.tar.gz")):
+            if path.name != "report.tar.gz":
+                with tarfile.open(path) as tar:
+                    tar.extractall(self.output, filter="data")
+        vae = self.output / "vae" / "checkpoint" / "vae.safetensors"
+        for config in self.output.glob("*/*/config.json"):
+            if not (config.parent / "vae.safetensors").exists():
+                shutil.copy(vae, config.parent)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--budget-minutes", type=float, default=BUDGET)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE")
+    parser.add_argument("--stop-after", type=float, metavar="SECONDS")
+    parser.add_argument("--restore", type=Path, metavar="FOLDER")
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args()
+    began = time.monotonic()
+    if args.budget_minutes <= OVERHEAD:
+        parser.error(f"--budget-minutes must be above {OVERHEAD:g}, which go for compiling and evaluation")
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.output.absolute() / "compiled"))
+    if args.rehearse:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # what runs a few times is mostly compiled
+    deadline = None if args.stop_after is None else began + args.stop_after
+    run = Run(args.output, args.budget_minutes, deadline, args.rehearse, Log(args.output))
+    if args.restore is not None:
+        run.restore(args.restore)
+    complete = True
+    try:
+        for stage in STAGES:
+            if stage in args.stages and stage != "package":
+                complete = run.stage(stage)
+                if not complete:
+                    run.log.say("there is more to do: the same command goes on")
+                    break
+        if "package" in args.stages:
+            run.package()
+    except UserError as error:
+        run.log.say(str(error))
+        return 1
+    except KeyboardInterrupt:  # the trainer has saved its state, if it was its
+        run.log.say("stopped: the same command goes on")
+        return 130
+    return 0 if complete else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
