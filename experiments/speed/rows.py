@@ -201,7 +201,7 @@ def ours_start(context: Context) -> None:
     ours = context.ours()
     import numpy as np
 
-    np.asarray(ours.step(ours.init(True), True)[1].frames)
+    np.asarray(ours.step(ours.init(True), True, first=True)[1].frames)
     context.emit(first_frame_seconds=time.time() - started, compiled=ours.compiled)
 
 

@@ -38,7 +38,7 @@ class Variant:
 
     Attributes:
       transformer, vae, decoder: arguments of `WanTransformer`, `VAE` and `Decoder`, in place of the backend's choice.
-      early_frames: whether a block's frames are decoded before its clean pass; the backend's choice by default.
+      early_frames: see `ProgramConfig`.
       env: environment, such as XLA_FLAGS; set by whoever starts the process, before JAX wakes up.
     """
 
@@ -93,7 +93,6 @@ class Ours:
         self.keys = jax.random.key(1)[None]
         self.compiled: dict[str, dict[str, Any]] = {}
         self._programs: dict[str, Any] = {}
-        self._first = True
 
     # MARK: programs
 
@@ -115,30 +114,26 @@ class Ours:
         """The state before the first block."""
         run = functools.partial(Decoder.init, self._decoder(pixels))
         args = self.params, self.embeds, self.keys
-        self._first = True
         return self.program(f"init, pixels={pixels}", run, *args)(*args)
 
-    def step(self, state: DecodeState, pixels: bool) -> tuple[DecodeState, BlockOutput]:
-        """The next block, the first of a video after `init`; `state` is given away."""
-        if pixels and self.early_frames:
-            return self._early(state)
-        run = functools.partial(Decoder.step, self._decoder(pixels))
-        return self.program(f"block, pixels={pixels}", run, self.params, state, donate=(1,))(self.params, state)
+    def step(self, state: DecodeState, pixels: bool, first: bool = False) -> tuple[DecodeState, BlockOutput]:
+        """The next block, as a stream makes it; `state` is given away. `first`: whether it is a video's first."""
 
-    def _early(self, state: DecodeState) -> tuple[DecodeState, BlockOutput]:
-        """A block as a stream makes it: the frames are on their way before the clean pass."""
-        first, self._first = self._first, False
-        run = functools.partial(Decoder.denoise, self.decoder)
-        denoise = self.program("denoise, pixels=True", run, self.params, state, donate=(1,))
-        state, latents = denoise(self.params, state)
-        run = functools.partial(Decoder.pixels, self.decoder, first=first)
-        decode = self.program(f"frames, first={first}, pixels=True", run, self.params, latents, state.vae)
-        frames, vae = decode(self.params, latents, state.vae)
-        state = state.replace(vae=vae)
-        finish = self.program(
-            "clean pass, pixels=True", functools.partial(Decoder.finish, self.decoder), self.params, state, donate=(1,)
-        )
-        return finish(self.params, state), BlockOutput(latents, frames)
+        def call(part: str, *args, donate=(1,), **options):
+            run = functools.partial(getattr(Decoder, part), self._decoder(pixels), **options)
+            told = "".join(f", {name}={value}" for name, value in options.items())
+            return self.program(f"{part}, pixels={pixels}{told}", run, self.params, *args, donate=donate)(
+                self.params, *args
+            )
+
+        if not self.early_frames:
+            return call("step", state)
+        state, latents = call("denoise", state)
+        frames = None
+        if pixels:
+            frames, vae = call("pixels", latents, state.vae, donate=(), first=first)
+            state = state.replace(vae=vae)
+        return call("finish", state), BlockOutput(latents, frames)
 
     def switch(self, state: DecodeState, pixels: bool = False) -> DecodeState:
         """A prompt switch; `state` is given away."""
@@ -150,8 +145,8 @@ class Ours:
     def steady(self, pixels: bool) -> DecodeState:
         """A state after the window has filled and one block more."""
         state = self.init(pixels)
-        for _ in range(self.window.slots // self.window.block + 1):
-            state, _ = self.step(state, pixels)
+        for i in range(self.window.slots // self.window.block + 1):
+            state, _ = self.step(state, pixels, first=i == 0)
         return jax.block_until_ready(state)
 
     # MARK: measurements
@@ -182,8 +177,8 @@ class Ours:
     def video(self, blocks: int) -> float:
         """Milliseconds from prompt embedding to the uint8 pixels of so many blocks on the host."""
         start, state, waiting = now(), self.init(True), []
-        for _ in range(blocks):
-            state, out = self.step(state, True)
+        for i in range(blocks):
+            state, out = self.step(state, True, first=i == 0)
             out.frames.copy_to_host_async()
             waiting.append(out.frames)
         for frames in waiting:
@@ -192,7 +187,7 @@ class Ours:
 
     def first_frame(self, calls: int = 3) -> Times:
         """From prompt embedding to the first block's pixels on the host, everything compiled."""
-        return measure(lambda: np.asarray(self.step(self.init(True), True)[1].frames), warmup=1, calls=calls)
+        return measure(lambda: np.asarray(self.step(self.init(True), True, True)[1].frames), warmup=1, calls=calls)
 
     def recaches(self, state: DecodeState, calls: int, *, seconds: float = float("inf")):
         """Times of prompt switches, and the state after them."""

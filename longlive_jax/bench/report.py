@@ -163,7 +163,7 @@ def _ours(plan: Plan, ours: Ours, params, flops: dict[str, float], say: Callable
     cold = sum(ours.compiled[name]["seconds"] for name in needed)
     again = Ours(plan.config, params, plan.dtype, plan.sampler)
     jax.clear_caches()
-    again.step(again.init(True), True)
+    again.step(again.init(True), True, first=True)
     times = {"dit": dit, "end_to_end": video, "vae": vae, "recache": recache, "first_frame": first}
     work = flops | {"end_to_end": flops["dit"] + flops["vae"]}
     return {
