@@ -33,4 +33,4 @@ $(VENV)/test: pyproject.toml $(VENV)/core
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) .pytest_cache outputs build *.egg-info
