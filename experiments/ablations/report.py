@@ -2,8 +2,8 @@
 
     python experiments/ablations/report.py runs/ablations
 
-Of every STUDY.jsonl in the folder: STUDY.md (a table), STUDY.png (a plot), STUDY-frames.png (frames of the first clips,
-a row an arm) and STUDY.json (the figures). Only clips that all arms have are counted, so that arms are compared on the
+Of every STUDY.jsonl in the folder: STUDY.md (a table), STUDY.png (a plot), STUDY-frames-N.png (frames of clip N, a row
+an arm) and STUDY.json (the figures). Only clips that all arms have are counted, so that arms are compared on the
 same prompts and seeds. Shares have Wilson intervals; differences from the study's reference arm are paired.
 """
 
@@ -56,6 +56,7 @@ def measures_of(study: Study) -> list[Measure]:
         shares = [Measure(name, "%", lambda r, name=name: r["at"][at]["right"][name]) for name in ATTRIBUTES]
         return [
             *shares,
+            Measure("sprite seen", "%", lambda r: r["at"][at]["read"]["colour"] is not None),
             Measure("background error", "levels", lambda r: r["at"][at]["background_error"]),
             Measure("sprite error", "levels", lambda r: r["at"][at]["sprite_error"]),
         ]
@@ -142,16 +143,18 @@ def table(summary: dict[str, Any]) -> str:
     head = [f"{summary['clips']} clips an arm", *(f"{name}, {units[name]}" for name in names)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm, figures in summary["arms"].items():
-        lines.append("| " + " | ".join([arm, *(_cell(figures[name]) for name in names)]) + " |")
+        lines.append("| " + " | ".join([arm, *(_cell(figures[name], summary["clips"]) for name in names)]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(one: dict[str, Any]) -> str:
+def _cell(one: dict[str, Any], clips: int) -> str:
     if one["value"] is None:
         return "-"
     scale, digits = (100, 0) if one["unit"] == "%" else (1, 1)
     low, high = one["interval"]
     text = f"{scale * one['value']:.{digits}f} ({scale * low:.{digits}f} to {scale * high:.{digits}f})"
+    if one["clips"] < clips:
+        text += f", of {one['clips']}"
     if one.get("difference"):
         value, low, high = (scale * x for x in one["difference"])
         mark = "**" if low > 0 or high < 0 else ""
@@ -221,7 +224,7 @@ def plot_over_time(study: Study, arms: dict[str, list[Record]]) -> plt.Figure:
 def _line(axis, study: Study, number: int, name: str, points: list[tuple[float, float, float]], scale: float) -> None:
     """A line of values with intervals; arms are moved apart a little so that their bars can be seen."""
     value, low, high = scale * np.array(points, float).T
-    moved = np.array(study.points) + (number - 0.5) * 0.008 * study.seconds
+    moved = np.array(study.points) + (number - 0.5) * 0.01 * study.seconds
     bars = np.nan_to_num([value - low, high - value], posinf=0.0)
     axis.errorbar(moved, value, bars, marker="o", ms=3, lw=1.2, capsize=2, color=f"C{number}", label=name)
 
@@ -243,19 +246,19 @@ def plot_arms(study: Study, arms: dict[str, list[Record]]) -> plt.Figure:
     return figure_
 
 
-def frames_sheet(study: Study, folder: Path, names: list[str], clips: int) -> plt.Figure | None:
-    """The strips that `run.py` kept, a row an arm, clip by clip; None if there are none."""
-    rows = [(i, name, folder / f"{name}-{i}.png") for i in range(clips) for name in names]
-    rows = [(f"{name}" if len(names) > 1 else f"{i}", plt.imread(path)) for i, name, path in rows if path.exists()]
-    if not rows:
+def frames_sheet(folder: Path, names: list[str], clip: int) -> plt.Figure | None:
+    """The strips of a clip that `run.py` kept, a row an arm; None if there are none."""
+    files = {name: folder / f"{name}-{clip}.png" for name in names}
+    strips = {name: plt.imread(path) for name, path in files.items() if path.exists()}
+    if not strips:
         return None
-    width = rows[0][1].shape[1] / 80
-    figure_, axes = plt.subplots(len(rows), 1, figsize=(width + 1.6, 0.86 * len(rows)), squeeze=False)
-    for axis, (label, strip) in zip(axes[:, 0], rows):
-        axis.imshow(strip, interpolation="nearest", aspect="auto")
+    height, width = (max(strip.shape[side] for strip in strips.values()) / 80 for side in (0, 1))
+    figure_, axes = plt.subplots(len(strips), 1, figsize=(width + 1.6, height * len(strips)), squeeze=False)
+    for axis, (name, strip) in zip(axes[:, 0], strips.items()):
+        axis.imshow(strip, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    figure_.subplots_adjust(left=1.5 / (width + 1.6), right=0.99, top=0.99, bottom=0.01, hspace=0.06)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    figure_.subplots_adjust(left=1.5 / (width + 1.6), right=0.99, top=0.99, bottom=0.01, hspace=0.03)
     return figure_
 
 
@@ -280,9 +283,10 @@ def report(path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(summary))
     plot(study, arms).savefig(path.with_suffix(".png"), dpi=80)
-    sheet = frames_sheet(study, path.parent / "frames" / study.name, list(arms), SHOWN // 2)
-    if sheet is not None:
-        sheet.savefig(path.with_name(f"{path.stem}-frames.png"), dpi=100)
+    for clip in range(SHOWN):
+        sheet = frames_sheet(path.parent / "frames" / study.name, list(arms), clip)
+        if sheet is not None:
+            sheet.savefig(path.with_name(f"{path.stem}-frames-{clip}.png"), dpi=80)
     plt.close("all")
     print(f"{study.name}\n{table(summary)}")
 

@@ -158,7 +158,8 @@ def test_an_interrupted_run_goes_on_to_the_same_results(study, folder, tmp_path,
     assert {clip for _, clip in ours} == {0, 1, 2}
     report.report(path)
     made = {p.name for p in parts.iterdir() if p.is_file()}
-    assert made == {study.name + s for s in (".jsonl", ".json", ".md", ".png", "-frames.png")}
+    sheets = {f"{study.name}-frames-{clip}.png" for clip in range(3)}
+    assert made == sheets | {study.name + suffix for suffix in (".jsonl", ".json", ".md", ".png")}
 
 
 def test_results_of_another_checkpoint_are_not_mixed(folder, tmp_path):
@@ -222,6 +223,7 @@ def synthetic(right: dict[str, list[bool]]) -> list[dict]:
             "arm": arm, "clip": i,
             "at": {
                 t: {
+                    "read": {"colour": None if i == 0 else "red"},
                     "right": {name: ok if name == "colour" else True for name in ATTRIBUTES},
                     "background_error": float(i), "sprite_error": None if i == 0 else 5.0 + (arm == "euler 1"),
                 } for t in ("5",)
