@@ -10,6 +10,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 4000
+FEW = 10
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -36,10 +37,16 @@ def paired_share_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tup
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its interval, by resampling the clips; of paired differences, when those are the values."""
+    """Mean and its interval, by resampling the clips; of paired differences, when those are the values.
+
+    Of fewer than `FEW` values Student's, for resampling so few gives intervals that are too narrow.
+    """
     values = np.asarray(values, float)
     if len(values) < 2:
         return float(values.mean()) if len(values) else math.nan, -math.inf, math.inf
+    if len(values) < FEW:
+        half = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * stats.sem(values)
+        return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
     found = stats.bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile",
         rng=np.random.default_rng(0),

@@ -65,3 +65,9 @@ def test_the_interval_of_a_mean_is_that_of_student_where_both_hold():
     expected = stats.t.interval(0.95, 199, values.mean(), stats.sem(values))
     assert mean == pytest.approx(values.mean()) and (low, high) == pytest.approx(expected, abs=0.03)
     assert mean_interval([1.0])[1:] == (-np.inf, np.inf)
+
+
+def test_the_interval_of_a_few_is_students():
+    """t of 3 degrees of freedom is 3.1824, the standard error of 1, 2, 3, 4 is sqrt(5 / 3) / 2."""
+    half = 3.1824 * np.sqrt(5 / 3) / 2
+    assert mean_interval([1, 2, 3, 4]) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-3)
