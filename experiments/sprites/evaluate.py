@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 
@@ -20,17 +19,11 @@ from longlive_jax.config import FPS
 from longlive_jax.data.sprite_prompts import canonical
 from longlive_jax.data.sprites import ATTRIBUTES, combinations_of
 from longlive_jax.evaluation.figures import adherence
+from longlive_jax.evaluation.intervals import wilson
 from longlive_jax.evaluation.sprites import read
 from longlive_jax.pipeline import LongLivePipeline
 from longlive_jax.sidecar import versions
 from longlive_jax.video import contact_sheet, save_image
-
-
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share."""
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def evaluate(pipe: LongLivePipeline, clips: int, seconds: float, batch_size: int, **settings) -> tuple[dict, list]:
@@ -50,7 +43,7 @@ def evaluate(pipe: LongLivePipeline, clips: int, seconds: float, batch_size: int
         readings += [read(frames[-FPS:]) for frames in video.frames]
         sheets += [frames[:: max(1, len(frames) // 6)][:7] for frames in video.frames]
     figures = {
-        name: {"share": share, "interval": wilson(share, clips)}
+        name: {"share": share, "interval": wilson(round(share * clips), clips)}
         for name, share in adherence(readings, combinations).items()
     }
     report = {
