@@ -1,8 +1,8 @@
 """A tiny model with random weights that the tests share, at sizes where everything compiles in seconds.
 
 While tests run, the shapes in the signatures of the numerical modules are checked, XLA compiles without LLVM's
-optimisations, and what it compiled is kept on disk for the other worker, the other modules and the next run: each of the
-two nearly halves the time. All is set here, before anything imports jax.
+optimisations, and what it compiled is kept on disk for the other worker, the other modules and the next run: each of
+the two nearly halves the time. All is set here, before anything imports jax.
 """
 # ruff: noqa: E402 - see above
 
