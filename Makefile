@@ -14,10 +14,10 @@ demo: $(VENV)/core
 test: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow"
 
 test-all: $(VENV)/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 lint: $(VENV)/test
 	$(BIN)/ruff format .

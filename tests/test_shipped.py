@@ -26,9 +26,9 @@ def test_it_is_small():
 
 def test_background_and_colour_follow_prompts_of_the_test_set(pipe):
     pool = combinations_of("test")
-    combinations = [pool[i] for i in np.random.default_rng(1).permutation(len(pool))[:20]]
-    video = pipe([canonical(c) for c in combinations], seconds=5, seed=list(range(20)))
-    assert video.frames.shape == (20, 81, 64, 64, 3)
+    combinations = [pool[i] for i in np.random.default_rng(1).permutation(len(pool))[:12]]
+    video = pipe([canonical(c) for c in combinations], seconds=5, seed=list(range(12)))
+    assert video.frames.shape == (12, 81, 64, 64, 3)
     shares = adherence([read(frames[-FPS:]) for frames in video.frames], combinations)
     # Of the whole test set: docs/sprites.md. Shapes and motions are not learnt yet: nothing is promised of them here.
     assert shares["background"] >= 0.9 and shares["colour"] >= 0.7, shares

@@ -201,25 +201,29 @@ def test_without_switch_equals_the_twin(name):
     np.testing.assert_allclose(by_scan(sampler, frames), expected, atol=2e-5)
 
 
+SWITCHES = [
+    ("odd-window", "recache", "keep"),
+    ("odd-window", "recache", "refresh"),
+    ("odd-window", "keep", "keep"),
+    ("odd-window", "clear", "keep"),
+    ("relative", "recache", "keep"),
+    ("relative", "recache", "refresh"),
+    ("no-sink", "recache", "keep"),
+    ("blocks-of-1", "recache", "keep"),
+]
+MORE_SWITCHES = [
+    ("relative", "clear", "keep"),
+    ("blocks-of-1", "recache", "refresh"),
+    ("all-past", "recache", "keep"),
+    ("no-sink", "recache", "refresh"),
+    ("context-noise", "recache", "keep"),
+    ("sink-past-block", "recache", "keep"),
+    ("sink-past-block", "clear", "keep"),
+]
+
+
 @pytest.mark.parametrize(
-    "name, switch, sink",
-    [
-        ("odd-window", "recache", "keep"),
-        ("odd-window", "recache", "refresh"),
-        ("odd-window", "keep", "keep"),
-        ("odd-window", "clear", "keep"),
-        ("relative", "recache", "keep"),
-        ("relative", "recache", "refresh"),
-        ("relative", "clear", "keep"),
-        ("blocks-of-1", "recache", "keep"),
-        ("blocks-of-1", "recache", "refresh"),
-        ("all-past", "recache", "keep"),
-        ("no-sink", "recache", "keep"),
-        ("no-sink", "recache", "refresh"),
-        ("context-noise", "recache", "keep"),
-        ("sink-past-block", "recache", "keep"),
-        ("sink-past-block", "clear", "keep"),
-    ],
+    "name, switch, sink", SWITCHES + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_SWITCHES]
 )
 def test_with_switches_equals_the_twin(name, switch, sink):
     sampler = dataclasses.replace(SAMPLERS[name], switch=switch, sink=sink)
