@@ -82,6 +82,7 @@ def test_even_steps_are_those_of_the_shipped_and_of_the_few_step_model():
 # Shortcuts against the pipeline
 
 
+@pytest.mark.slow
 def test_a_branch_equals_a_video_of_its_own(folder):
     pipe = QuickPipeline.from_pretrained(folder)
     policies = {arm.name: None if arm.name == studies.NO_SWITCH else arm.settings for arm in SWITCH.arms}
@@ -132,7 +133,11 @@ def lines(path):
 
 
 @pytest.mark.parametrize(
-    "study", [POINTS, dataclasses.replace(SWITCH, arms=(SWITCH.arms[0], SWITCH.arms[-1]))], ids=["points", "switch"]
+    "study",
+    [
+        pytest.param(POINTS, id="points", marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(SWITCH, arms=(SWITCH.arms[0], SWITCH.arms[-1])), id="switch"),
+    ],
 )
 def test_an_interrupted_run_goes_on_to_the_same_results(study, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(STUDIES, study.name, study)
