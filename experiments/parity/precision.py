@@ -43,6 +43,7 @@ from longlive_jax.errors import UserError
 from longlive_jax.models import rope
 from longlive_jax.models.attention import attention
 from longlive_jax.models.layers import run_layers, structure
+from longlive_jax.models.quantization import quantize_params, with_int8
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
@@ -77,15 +78,9 @@ PRECISIONS = {
     "float32": Precision("float32", "float32"),
     "bfloat16": Precision("bfloat16", "bfloat16"),
     "bfloat16 weights": Precision("bfloat16", "float32"),
+    "int8": Precision("bfloat16", "bfloat16", with_int8, quantize_params),
 }
 """The second is how the pipeline runs on an accelerator."""
-
-try:
-    from longlive_jax.models.quantization import quantize_params, with_int8
-except ImportError:  # this version of the package has no int8
-    pass
-else:
-    PRECISIONS["int8"] = Precision("bfloat16", "bfloat16", with_int8, quantize_params)
 
 SEED = 0
 LARGEST_PSNR = 99.0  # of equal frames, whose PSNR is infinite
