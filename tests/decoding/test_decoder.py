@@ -193,7 +193,12 @@ SAMPLERS = {
 FRAMES = {1: 9, 2: 12, 3: 18}
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+RARE = ("sink-past-block", "context-noise", "smallest")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in RARE else name for name in SAMPLERS]
+)
 def test_without_switch_equals_the_twin(name):
     sampler = SAMPLERS[name]
     frames = FRAMES[sampler.block_frames]

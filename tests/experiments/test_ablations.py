@@ -132,12 +132,9 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "study",
-    [
-        pytest.param(POINTS, id="points", marks=pytest.mark.slow),
-        pytest.param(dataclasses.replace(SWITCH, arms=(SWITCH.arms[0], SWITCH.arms[-1])), id="switch"),
-    ],
+    "study", [POINTS, dataclasses.replace(SWITCH, arms=(SWITCH.arms[0], SWITCH.arms[-1]))], ids=["points", "switch"]
 )
 def test_an_interrupted_run_goes_on_to_the_same_results(study, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(STUDIES, study.name, study)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 from longlive_jax.config import VAEConfig
@@ -20,6 +21,7 @@ def frames(clips: int, length: int) -> np.ndarray:
     return np.stack([make_clip(0, i, length)["frames"][:, ::2, ::2] for i in range(clips)])
 
 
+@pytest.mark.slow
 def test_vae_learns_stills():
     graph, params = nnx.split(inflate(VAE(CFG, rngs=nnx.Rngs(0))))
     params = nnx.to_pure_dict(params)
