@@ -320,8 +320,8 @@ def plot(report: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
 
     figure, axes = plt.subplots(3, len(report), figsize=(4.6 * len(report), 9), squeeze=False, layout="constrained")
     for column, (model, precisions) in zip(axes.T, report.items()):
-        for index, (precision, f) in enumerate(precisions.items()):
-            colour = f"C{index}"
+        for precision, f in precisions.items():
+            colour = f"C{list(PRECISIONS).index(precision) - 1}"
             layers = np.arange(1, len(f["layers_alone"]) + 1)
             column[0].semilogy(layers, f["layers_alone"], "o:", ms=3, color=colour, label=f"{precision}, block alone")
             column[0].semilogy(layers, f["layers_through"], "-", color=colour, label=f"{precision}, through")
