@@ -130,21 +130,28 @@ def unstack(params: Params) -> Params:
 def quantized(tensors: Iterable[LazyTensor], part: str, cfg: Any) -> list[LazyTensor]:
     """The tensors of a part's file as those of an int8 one; what is not quantised stays as it is."""
     kernels, result = int8_kernels(part, cfg), []
+    scales: dict[str, np.ndarray] = {}  # found with the values and small: kept, so that no kernel is read twice
+
+    def values(tensor: LazyTensor) -> np.ndarray:
+        kernel = np.asarray(tensor.make())
+        if not np.isfinite(kernel).all():
+            raise UserError(f"{tensor.name} holds infinities or NaN and has no int8 form; mend the weights")
+        rounded, scales[tensor.name] = quantize(kernel)
+        return rounded
+
+    def scale(tensor: LazyTensor) -> np.ndarray:
+        if tensor.name not in scales:
+            values(tensor)
+        return scales[tensor.name]
+
     for tensor in tensors:
         if tensor.name not in kernels:
             result.append(tensor)
             continue
-
-        def values(tensor=tensor) -> tuple[np.ndarray, np.ndarray]:
-            kernel = np.asarray(tensor.make())
-            if not np.isfinite(kernel).all():
-                raise UserError(f"{tensor.name} holds infinities or NaN and has no int8 form; mend the weights")
-            return quantize(kernel)
-
         name, (inputs, outputs) = kernels[tensor.name], tensor.shape
-        int8, scale = np.dtype(np.int8), np.dtype(np.float32)
-        result.append(LazyTensor(f"{name}.{INT8}", (outputs, inputs), int8, lambda values=values: values()[0]))
-        result.append(LazyTensor(f"{name}.{SCALE}", (outputs,), scale, lambda values=values: values()[1]))
+        int8, float32 = np.dtype(np.int8), np.dtype(np.float32)
+        result.append(LazyTensor(f"{name}.{INT8}", (outputs, inputs), int8, lambda tensor=tensor: values(tensor)))
+        result.append(LazyTensor(f"{name}.{SCALE}", (outputs,), float32, lambda tensor=tensor: scale(tensor)))
     return result
 
 
