@@ -16,14 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from longlive_jax.config import replace
 from longlive_jax.data.sprite_source import clip_combination, make_clip
 from longlive_jax.data.sprites import ATTRIBUTES, PICTURE
 from longlive_jax.decoding.decoder import to_uint8
 from longlive_jax.evaluation.figures import adherence
 from longlive_jax.evaluation.sprites import read, torus
-from longlive_jax.models.layers import structure
-from longlive_jax.models.transformer import WanTransformer
-from longlive_jax.models.vae import VAE
 from longlive_jax.pipeline import LongLivePipeline
 from longlive_jax.schedule import few_step_list, sigma_of
 
@@ -32,11 +30,10 @@ PAST, BLOCK, SEED = 9, 3, 4321
 
 def continued(pipe: LongLivePipeline, video, embeds, noise):
     """Pixels with the last block made by the student (Euler), and pixels of the coded truth; uint8."""
-    cfg, sampler = pipe.config, pipe.config.sampler
-    vae = nnx.merge(structure(lambda: VAE(cfg.vae, rngs=nnx.Rngs(0))), pipe.params["vae"])
-    student = nnx.merge(
-        structure(lambda: WanTransformer(cfg.transformer, rngs=nnx.Rngs(0))), pipe.params["transformer"]
-    )
+    sampler = replace(pipe.config.sampler, rope="absolute")
+    decoder = pipe.decoder(sampler, PAST + BLOCK)
+    vae = nnx.merge(decoder.vae, pipe.params["vae"])
+    student = nnx.merge(decoder.transformer, pipe.params["transformer"])
     truth, _ = vae.encode(video)
     past, text_kv = truth[:, :PAST], student.text_kv(embeds)
     block = np.arange(PAST + BLOCK) // BLOCK
