@@ -47,7 +47,8 @@ class Twin:
             positions, x = list(range(start, start + f)), fresh[0]
             for k in range(exit_step):
                 flow, _ = self.network(self.frozen, x, steps[k], positions)
-                x = (1 - sigmas[k + 1]) * (x - sigmas[k] * flow) + sigmas[k + 1] * fresh[k + 1]
+                # Not only by frozen parameters: what it read of the past may carry a gradient (straight_through).
+                x = stop((1 - sigmas[k + 1]) * (x - sigmas[k] * flow) + sigmas[k + 1] * fresh[k + 1])
             params = self.params if learns else self.frozen
             flow, exits = self.network(params, x, steps[exit_step], positions)
             x0 = x - sigmas[exit_step] * flow

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from longlive_jax import sharding
 from longlive_jax.errors import UserError
-from longlive_jax.models import splash
+from longlive_jax.models import products, splash
 
 LOGITS_LIMIT = 2**30
 """Bytes of float32 logits above which XLA's attention goes through the queries in chunks. One layer of Wan 2.1 1.3B at
@@ -47,6 +47,8 @@ def attention(
     if implementation == "splash" or (implementation is None and splash.refusal(q, mask) is None):
         return splash.attention(q, k, v, key_length=key_length, mask=mask)
     implementation = implementation or _choose(q)
+    if implementation == "xla" and split_kv == 1 and products.by_matrix_units(q.dtype) and _chunks(q, k) == 1:
+        return products.attention(q, k, v, _bias(mask, key_length, k.shape[1]))
     if split_kv > 1:
         return _in_parts(q, k, v, key_length, split_kv, implementation)
     lengths = None if key_length is None else jnp.broadcast_to(key_length, q.shape[:1]).astype(jnp.int32)
@@ -68,6 +70,14 @@ def attention(
     masks = None if mask is None else mask.reshape(chunks, -1, mask.shape[1])
     y = jax.lax.map(lambda xs: run(*xs), (queries, masks))
     return jnp.moveaxis(y, 0, 1).reshape(q.shape)
+
+
+def _bias(mask, key_length, keys: int) -> Float[Array, "t s"] | Float[Array, "1 s"] | None:
+    """What to add to the logits."""
+    if key_length is not None:
+        there = jnp.arange(keys)[None] < key_length
+        mask = there if mask is None else mask & there
+    return None if mask is None else jnp.where(mask, 0.0, -1e30)
 
 
 def _choose(q) -> str:

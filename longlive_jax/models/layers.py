@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from longlive_jax.models import products
+
 
 class Linear(nnx.Module):
     """y = x W + b over the last axis; W is [in, out]."""
@@ -24,8 +26,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
 
     def __call__(self, x: Num[Array, "... i"]) -> Num[Array, "... o"]:
-        y = x @ self.kernel.astype(x.dtype)
-        return y if self.bias is None else y + self.bias.astype(x.dtype)
+        return products.linear(x, self.kernel.get_value(), None if self.bias is None else self.bias.get_value())
 
 
 class RMSNorm(nnx.Module):
@@ -98,6 +99,7 @@ def run_layers(
     xs: Any,
     *,
     remat: Callable | None = None,
+    unroll: bool = False,
 ) -> tuple[Any, Any]:
     """Runs `carry, y = step(layer, carry, x)` over the layers in order.
 
@@ -108,6 +110,8 @@ def run_layers(
       carry: what flows from layer to layer.
       xs: a pytree with a leading layer axis, or a list with one pytree a layer.
       remat: wraps the step for training, as `jax.checkpoint` does; None keeps all activations.
+      unroll: whether a scan is written out: longer to compile, but activations kept for a gradient are not copied into
+        an array of all layers and out again.
 
     Returns:
       The last carry, and the ys: stacked on a layer axis after a scan, a list after a loop.
@@ -122,7 +126,7 @@ def run_layers(
             ys.append(y)
         return carry, ys
     graph, params = nnx.split(layers)
-    return jax.lax.scan(_layer_body(graph, step, remat), carry, (params, xs))
+    return jax.lax.scan(_layer_body(graph, step, remat), carry, (params, xs), unroll=unroll or 1)
 
 
 def _layer_body(graph, step, remat):

@@ -156,10 +156,14 @@ class WanTransformer(nnx.Module):
       cfg: sizes.
       stacked: one block with a leading layer axis on its parameters (scanned), or a list of blocks (unrolled).
       split_kv: of the self-attention of a block to the cache, see `attention`.
+      unroll: whether `bidirectional` writes out its scan over stacked blocks, see `run_layers`.
     """
 
-    def __init__(self, cfg: TransformerConfig, *, stacked: bool = True, split_kv: int = 1, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: TransformerConfig, *, stacked: bool = True, split_kv: int = 1, unroll: bool = False, rngs: nnx.Rngs
+    ):
         self.cfg = cfg
+        self.unroll = unroll
         self.split_kv = split_kv
         self.patch_embedding = Linear(int(np.prod(cfg.patch)) * cfg.in_channels, cfg.dim, rngs=rngs)
         self.text_embedding = MLP(cfg.text_dim, cfg.dim, cfg.dim, gelu_tanh, rngs=rngs)
@@ -191,6 +195,7 @@ class WanTransformer(nnx.Module):
         *,
         positions: Int[Array, " t"] | None = None,
         mask: Bool[Array, "t t"] | None = None,
+        attention: Callable[..., Num[Array, "b s n d"]] = attention,
         remat: Callable | None = None,
     ) -> Num[Array, "b t h w c"]:
         """The flow when frames see each other: all of them, or as the mask says (query frame, key frame).
@@ -201,6 +206,7 @@ class WanTransformer(nnx.Module):
           text_kv: of `text_kv`.
           positions: temporal position of each frame; 0, 1, ... by default.
           mask: which frame may see which (teacher and diffusion forcing); None for all.
+          attention: `attention(q, k, v, mask=...)` between all tokens of all frames, if not that of all networks.
           remat: see `run_layers`.
         """
         b, t, rows, columns = self._grid(x)
@@ -218,7 +224,7 @@ class WanTransformer(nnx.Module):
             return block(carry, e6, kv, attend)
 
         tokens, e, e6 = self._embed(x, timesteps)
-        tokens, _ = run_layers(self.blocks, layer, tokens, text_kv, remat=remat)
+        tokens, _ = run_layers(self.blocks, layer, tokens, text_kv, remat=remat, unroll=self.unroll)
         return self._unpatchify(self.head(tokens, e), x)
 
     def causal(

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from longlive_jax import sharding
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.schedule import add_noise
 from longlive_jax.training.batch import Batch
 from longlive_jax.training.flow_matching import draw_sigma, frame_error
+from longlive_jax.training.forced_attention import forced_attention
 
 
 def teacher_forcing_mask(num_frames: int, block: int) -> np.ndarray:
@@ -74,12 +76,15 @@ def teacher_forcing_loss(
     past = jax.random.uniform(keys[2], (b, 1, 1, 1, 1), maxval=context_noise)
     clean = add_noise(x0, jax.random.normal(keys[3], x0.shape), past)
     text_kv = model.text_kv(text_encoder(batch.ids, batch.mask, jnp.dtype(dtype)))
+    seen = {"mask": jnp.asarray(teacher_forcing_mask(t, block))}
+    if sharding.platform() == "cpu":
+        seen = {"attention": lambda q, k, v, **_: forced_attention(q, k, v, t // block)}
     flow = model.bidirectional(
         jnp.concatenate([clean, noisy], axis=1).astype(dtype),
         jnp.concatenate([jnp.zeros((b, t)), 1000 * sigma], axis=1),
         text_kv,
         positions=jnp.tile(batch.positions, 2),
-        mask=jnp.asarray(teacher_forcing_mask(t, block)),
+        **seen,
         remat=remat,
     )
     return frame_error(flow[:, t:].astype(jnp.float32), noise - x0, batch)

@@ -251,7 +251,9 @@ class _Loop:
 
     def run(self) -> None:
         with _signals(self):
-            for phase, start, end in self._bounds():
+            for index in range(len(self.config.phases)):
+                # Asked for anew each time: a phase that turned out shorter begins the next one earlier.
+                phase, start, end = list(self._bounds())[index]
                 if self.step < end:
                     self._run_phase(phase, start)
 

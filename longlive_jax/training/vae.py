@@ -21,14 +21,27 @@ from longlive_jax.models.vae import VAE, Downsample, Upsample
 
 
 def sprite_weight(video: Float[Array, "b t h w 3"], emphasis: float) -> Float[Array, "b t h w 1"]:
-    """1 for the background of the sprites world, 1 + `emphasis` for what differs from the median colour of its row.
+    """1 for the background of the sprites world, 1 + `emphasis` for what is within `AROUND` pixels of a sprite.
 
     A sprite is 3 to 11 % of the picture: without a weight the background is learnt to the last bit while yellow and
-    orange, or a square and a circle, stay the same.
+    orange, or a square and a circle, stay the same. The pixels around it count as much: were they cheaper, whatever
+    lies between the points of a star would best be painted over. A sprite is what differs from the median of its row.
     """
+    return 1 + emphasis * _dilated(_sprite(video), AROUND)
+
+
+AROUND = 2
+"""Pixels."""
+
+
+def _sprite(video: Float[Array, "b t h w 3"]) -> Float[Array, "b t h w 1"]:
     background = jnp.median(video, axis=3, keepdims=True)
-    differs = jnp.max(jnp.abs(video - background), axis=-1, keepdims=True) > 0.1
-    return 1 + emphasis * differs
+    return (jnp.max(jnp.abs(video - background), axis=-1, keepdims=True) > 0.1).astype(jnp.float32)
+
+
+def _dilated(mask: Float[Array, "b t h w 1"], pixels: int) -> Float[Array, "b t h w 1"]:
+    size = 2 * pixels + 1
+    return jax.lax.reduce_window(mask, 0.0, jax.lax.max, (1, 1, size, size, 1), (1, 1, 1, 1, 1), "SAME")
 
 
 def vae_loss(
@@ -38,6 +51,7 @@ def vae_loss(
     *,
     kl_weight: float,
     emphasis: float = 0.0,
+    train_encoder: bool = True,
     dtype: str = "float32",
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Weighted mean absolute error of the reconstruction in [-1, 1] plus `kl_weight` times the mean KL a latent number.
@@ -48,6 +62,7 @@ def vae_loss(
       key: for the posterior's sample.
       kl_weight: of the KL term.
       emphasis: see `sprite_weight`.
+      train_encoder: whether there is a gradient to the latents.
       dtype: of activations; latents' statistics, sampling and errors are float32.
 
     Returns:
@@ -58,12 +73,14 @@ def vae_loss(
     mean, log_variance = mean.astype(jnp.float32), jnp.clip(log_variance.astype(jnp.float32), -20, 10)
     noise = jax.random.normal(key, mean.shape)
     z = mean + jnp.exp(log_variance / 2) * noise
+    if not train_encoder:
+        z = jax.lax.stop_gradient(z)
     cfg = vae.cfg
     normalised = (z - jnp.asarray(cfg.latent_mean)) / jnp.asarray(cfg.latent_std)
     pixels, _ = vae.decode(normalised.astype(dtype))
     pixels = pixels.astype(jnp.float32)
     error, weight = jnp.mean(jnp.abs(pixels - video), axis=-1, keepdims=True), sprite_weight(video, emphasis)
-    sprite = sprite_weight(video, 1.0) - 1
+    sprite = _sprite(video)
     kl = jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance) / 2
     metrics = {"l1": jnp.mean(error), "kl": kl, "sprite": jnp.sum(error * sprite) / jnp.maximum(jnp.sum(sprite), 1)}
     return jnp.sum(error * weight) / jnp.sum(weight) + kl_weight * kl, metrics

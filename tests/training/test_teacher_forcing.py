@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from tiny import TRANSFORMER, structure
 
@@ -15,6 +16,7 @@ from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.training.batch import Batch
 from longlive_jax.training.flow_matching import draw_sigma
+from longlive_jax.training.forced_attention import forced_attention
 from longlive_jax.training.teacher_forcing import teacher_forcing_loss, teacher_forcing_mask
 
 CFG = TRANSFORMER
@@ -102,3 +104,27 @@ def test_a_tiny_student_learns():
         params, opt, value = step(params, opt, jax.random.key(i))
         values.append(float(value))
     assert np.mean(values[-20:]) < 0.75 * np.mean(values[:20])
+
+
+def masked_attention(q, k, v, *, frames, block):
+    """The slow twin: all pairs of blocks, and a mask."""
+    mask = teacher_forcing_mask(frames, block)
+    tokens = q.shape[1] // (2 * frames)
+    mask = np.repeat(np.repeat(mask, tokens, axis=0), tokens, axis=1)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
+
+
+@pytest.mark.parametrize(("frames", "block"), [(12, 3), (3, 3), (4, 1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_attention_of_blocks_is_that_of_the_mask(frames, block, dtype, tolerance):
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (2, 2 * frames * 4, 2, 16)).astype(dtype).astype(jnp.float32)
+        for i in range(3)
+    )
+    fast = lambda q, k, v: forced_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), frames // block)
+    slow = functools.partial(masked_attention, frames=frames, block=block)
+    value = lambda attend: lambda *qkv: jnp.sum(jnp.sin(attend(*qkv).astype(jnp.float32)))
+    made = fast(q, k, v), jax.grad(value(fast), (0, 1, 2))(q, k, v)
+    expected = slow(q, k, v), jax.grad(value(slow), (0, 1, 2))(q, k, v)
+    for one, two in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
+        assert jnp.linalg.norm(one.astype(jnp.float32) - two) < tolerance * jnp.linalg.norm(two)

@@ -198,6 +198,12 @@ def test_a_phase_that_would_take_too_long_has_fewer_steps(tmp_path, monkeypatch)
     assert [r["phase"] for r in lines(tmp_path) if "loss" in r] == ["one"] * 3 + ["two"] * 6
 
 
+def test_the_phase_after_a_shortened_one_follows_at_once(tmp_path):
+    config = dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 30, minutes=1e-9), ToyPhase("two", 6)))
+    assert run(tmp_path, config).steps == list(range(1, 10))
+    assert [r["phase"] for r in lines(tmp_path) if "loss" in r] == ["one"] * 3 + ["two"] * 6
+
+
 def test_a_phase_with_enough_time_keeps_its_steps(tmp_path):
     config = dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 30, minutes=60),))
     assert run(tmp_path, config).steps[-1] == 30 and shortened(tmp_path) == {}

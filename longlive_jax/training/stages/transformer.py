@@ -57,7 +57,7 @@ class ModelStage(Stage):
             if folder is not None:
                 self.sources[role] = checkpoint.checkpoint_hash(folder)
         self.graphs = {
-            "transformer": structure(lambda: WanTransformer(self.model.transformer, rngs=nnx.Rngs(0))),
+            "transformer": structure(lambda: WanTransformer(self.model.transformer, unroll=config.run.unroll, rngs=nnx.Rngs(0))),
             "text_encoder": structure(lambda: TextEncoder(self.model.text_encoder, rngs=nnx.Rngs(0))),
         }
 

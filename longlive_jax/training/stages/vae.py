@@ -46,26 +46,33 @@ class VAESource:
 
 
 class VAEStage(Stage):
-    """The learner is "vae"; nothing is frozen."""
+    """The learner is "vae", with the parts of one; the encoder's are frozen if it is not to learn."""
 
     name = "vae"
 
     def __init__(self, config, output, say):
         super().__init__(config, output, say)
-        self._init = None
+        if config.init is None and not config.train_encoder:
+            raise UserError("train_encoder is false, but there is no encoder yet: give init (--init FOLDER)")
+        self._init, self._statistics = None, None
         if config.init is not None:
             self._init = hub.find(config.init)
-            stored = dataclasses.replace(
-                checkpoint.load_config(self._init).vae, latent_mean=config.vae.latent_mean,
-                latent_std=config.vae.latent_std,
-            )  # fmt: skip
-            if stored != config.vae:
-                raise UserError(f"init {config.init} has another VAE: {stored}, the settings ask for {config.vae}")
+            found = checkpoint.load_config(self._init).vae
+            self._statistics = {"latent_mean": found.latent_mean, "latent_std": found.latent_std}
+            asked = dataclasses.replace(config.vae, **self._statistics)
+            if found != asked:
+                raise UserError(f"init {config.init} has another VAE: {found}, the settings ask for {asked}")
             self.sources["init"] = checkpoint.checkpoint_hash(self._init)
         self._graph = structure(lambda: VAE(config.vae, rngs=nnx.Rngs(0)))
 
     def shapes(self):
-        return {"vae": {"vae": checkpoint.abstract_params("vae", self.config.vae)}}, {}
+        return self._parted(checkpoint.abstract_params("vae", self.config.vae))
+
+    def _parted(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What learns, by learner, and what is frozen."""
+        fixed = () if self.config.train_encoder else ("encoder", "quant")
+        frozen = {name: part for name, part in params.items() if name in fixed}
+        return {"vae": {name: part for name, part in params.items() if name not in fixed}}, frozen
 
     def activations(self, phase: VAEPhase) -> dict[str, int]:
         size = jnp.dtype(self.config.run.dtype).itemsize
@@ -76,19 +83,19 @@ class VAEStage(Stage):
 
     def parameters(self):
         if self._init is not None:
-            return {"vae": {"vae": checkpoint.load(self._init, "vae", np.float32)}}, {}
-        make = lambda: inflate(VAE(self.config.vae, rngs=nnx.Rngs(self.config.run.seed)))
-        return {"vae": {"vae": initial(make)}}, {}
+            return self._parted(checkpoint.load(self._init, "vae", np.float32))
+        return self._parted(initial(lambda: inflate(VAE(self.config.vae, rngs=nnx.Rngs(self.config.run.seed)))))
 
     def source(self, phase: VAEPhase, seed: int) -> VAESource:
         return VAESource(phase.frames, phase.sprites, 100 + seed, phase.steps * phase.batch_size)
 
     def turns(self, phase, step, *, plain=False):
-        return _turns(self._graph, phase.emphasis, self.config.kl_weight, "float32" if plain else self.config.run.dtype)
+        config, dtype = self.config, "float32" if plain else self.config.run.dtype
+        return _turns(self._graph, phase.emphasis, config.kl_weight, config.train_encoder, dtype)
 
     def validate(self, best, frozen):
         clips = np.stack([make_clip(998, i, FRAMES, "test")["frames"] for i in range(4)])
-        params = best["vae"]["vae"]
+        params = {**frozen, **best["vae"]}
         latents = encoded(nnx.merge(self._graph, params), clips)
         made = np.asarray(decoded(self._graph, params, latents))
         error = np.mean(np.abs(made.astype(float) - clips)) / 127.5
@@ -96,14 +103,9 @@ class VAEStage(Stage):
 
     def finish(self, best, frozen, folder: Path, provenance: dict[str, Any]) -> None:
         """A folder with a VAE and nothing else; the sizes of the other parts are those of the sprites model."""
-        params = best["vae"]["vae"]
-        clips = min(8, self.config.statistics_clips)
-        batches = [
-            np.stack([make_clip(999, i * clips + j, FRAMES)["frames"] for j in range(clips)])
-            for i in range(self.config.statistics_clips // clips)
-        ]
-        mean, std = latent_statistics(nnx.merge(self._graph, params), batches)
-        vae = dataclasses.replace(self.config.vae, latent_mean=tuple(mean), latent_std=tuple(std))
+        params = {**frozen, **best["vae"]}
+        statistics = self._measured(params) if self.config.train_encoder else self._statistics
+        vae = dataclasses.replace(self.config.vae, **statistics)
         config = ModelConfig.sprites()
         transformer = dataclasses.replace(
             config.transformer, in_channels=vae.z_channels, out_channels=vae.z_channels
@@ -111,12 +113,24 @@ class VAEStage(Stage):
         config = dataclasses.replace(config, vae=vae, transformer=transformer)
         checkpoint.save(folder, config, {"vae": params}, None, provenance, dtype=np.float32, overwrite=True)
 
+    def _measured(self, params: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+        """Mean and spread of the latents, as the settings of a VAE name them."""
+        clips = min(8, self.config.statistics_clips)
+        batches = [
+            np.stack([make_clip(999, i * clips + j, FRAMES)["frames"] for j in range(clips)])
+            for i in range(self.config.statistics_clips // clips)
+        ]
+        mean, std = latent_statistics(nnx.merge(self._graph, params), batches)
+        return {"latent_mean": tuple(mean), "latent_std": tuple(std)}
+
 
 @functools.lru_cache(maxsize=16)
-def _turns(graph, emphasis: float, kl_weight: float, dtype: str) -> tuple[Turn, ...]:
+def _turns(graph, emphasis: float, kl_weight: float, train_encoder: bool, dtype: str) -> tuple[Turn, ...]:
+    settings = {"kl_weight": kl_weight, "emphasis": emphasis, "train_encoder": train_encoder, "dtype": dtype}
+
     def loss(params, nets, carry, batch, key):
-        vae = nnx.merge(graph, params["vae"])
-        value, metrics = vae_loss(vae, batch["frames"], key, kl_weight=kl_weight, emphasis=emphasis, dtype=dtype)
+        frozen = {} if train_encoder else {name: nets[name] for name in ("encoder", "quant")}
+        value, metrics = vae_loss(nnx.merge(graph, {**frozen, **params}), batch["frames"], key, **settings)
         return value, (carry, metrics)
 
     return (Turn("vae", loss),)
