@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from longlive_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from longlive_jax.pipeline import LongLivePipeline, Video, VideoStream
+    from longlive_jax.pipeline import LongLivePipeline, Video
     from longlive_jax.prompts import Schedule
     from longlive_jax.sharding import make_mesh
+    from longlive_jax.stream import VideoStream
 
 __version__ = "0.1.0"
 __all__ = ["LongLivePipeline", "Schedule", "UserError", "Video", "VideoStream", "make_mesh"]
@@ -22,7 +23,7 @@ _HOMES = {
     "LongLivePipeline": "longlive_jax.pipeline",
     "Schedule": "longlive_jax.prompts",
     "Video": "longlive_jax.pipeline",
-    "VideoStream": "longlive_jax.pipeline",
+    "VideoStream": "longlive_jax.stream",
     "make_mesh": "longlive_jax.sharding",
 }
 

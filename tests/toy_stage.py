@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.training.stage_config import OptimizerConfig, RunConfig, StageConfig
+from longlive_jax.training.run_config import OptimizerConfig, RunConfig
+from longlive_jax.training.stage_config import StageConfig
 from longlive_jax.training.stages.base import Stage
 from longlive_jax.training.step import Part, Turn
 from longlive_jax.training.trainer import train

@@ -115,8 +115,8 @@ class Run:
         return self.train(stage)
 
     def config(self, stage: str):
+        from longlive_jax.training.config_files import read_config
         from longlive_jax.training.stage_config import STAGES as KINDS
-        from longlive_jax.training.stage_config import read_config
 
         folder = Path(__file__).parent / "gpu"
         settings = {name: read_config(folder / f"{name}.yaml", KINDS[name]) for name in STARTS}

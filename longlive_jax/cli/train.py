@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from longlive_jax.compilation import keep_compiled_programs
 from longlive_jax.errors import UserError
-from longlive_jax.training.stage_config import STAGES, StageConfig, read_config
+from longlive_jax.training.config_files import read_config
+from longlive_jax.training.stage_config import STAGES, StageConfig
 
 
 @dataclasses.dataclass

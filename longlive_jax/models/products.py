@@ -78,7 +78,7 @@ def _contract(a, b, axis_a: int, axis_b: int) -> Float[Array, "..."]:
 
 
 def batched(a, b, axis_a: int, axis_b: int) -> Float[Array, "n ..."]:
-    """Products of a[i] and b[i] over an axis of each, in float32. One leading axis: of two XLA makes float32 products."""
+    """Products of a[i] and b[i] over an axis of each, into float32. With two leading axes XLA makes all float32."""
     return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 

@@ -1,8 +1,8 @@
 """The attention of teacher forcing, without the logits that its mask would forbid.
 
-[clean | noisy] frames in G blocks: of the (2G)^2 pairs of blocks that a masked attention computes, G (G + 1) are used. Here
-every block attends to itself, all of them at once, and to the clean blocks before it, clean and noisy queries together;
-both are joined by their maxima and sums. Equal to attention with `teacher_forcing_mask` up to rounding.
+[clean | noisy] frames in G blocks: of the (2G)^2 pairs of blocks that a masked attention computes, G (G + 1) are used.
+Here every block attends to itself, all of them at once, and to the clean blocks before it, clean and noisy queries
+together; both are joined by their maxima and sums. Equal to attention with `teacher_forcing_mask` up to rounding.
 """
 
 from __future__ import annotations

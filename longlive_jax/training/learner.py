@@ -13,7 +13,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float
 
-from longlive_jax.training.stage_config import OptimizerConfig
+from longlive_jax.training.run_config import OptimizerConfig
 
 
 @struct.dataclass

@@ -17,6 +17,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Num
 
 from longlive_jax import checkpoint
+from longlive_jax.models import products
 from longlive_jax.models.layers import Linear, map_linears
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.tensor_files import write_safetensors
@@ -45,8 +46,8 @@ class LoraLinear(Linear):
         self.scale = alpha / rank
 
     def __call__(self, x: Num[Array, "... i"]) -> Num[Array, "... o"]:
-        low = x @ self.lora_a.astype(x.dtype)
-        return super().__call__(x) + self.scale * (low @ self.lora_b.astype(x.dtype))
+        low = products.linear(x, self.lora_a.get_value(), None)
+        return super().__call__(x) + self.scale * products.linear(low, self.lora_b.get_value(), None)
 
 
 def adapt(model: WanTransformer, *, rank: int, alpha: float, rngs: nnx.Rngs) -> WanTransformer:

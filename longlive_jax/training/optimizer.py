@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from longlive_jax.training.stage_config import OptimizerConfig
+from longlive_jax.training.run_config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:

@@ -10,7 +10,8 @@ from typing import Any
 from longlive_jax.config import from_dict, to_dict
 from longlive_jax.errors import UserError
 from longlive_jax.sidecar import versions
-from longlive_jax.training.stage_config import StageConfig, differences
+from longlive_jax.training.config_files import differences
+from longlive_jax.training.stage_config import StageConfig
 
 
 def stored_config(output: Path, kind: type[StageConfig]) -> StageConfig:

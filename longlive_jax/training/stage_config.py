@@ -1,244 +1,36 @@
 """Settings of the training stages: one frozen dataclass a stage, over what all share.
 
-A stage runs through phases (stills, then clips ...): the weights go on, optimiser and schedule begin anew. YAML files
-and the command line fill these; nothing here needs jax.
+A stage runs through phases (`phases.py`). YAML files (`config_files.py`) and the command line fill these; nothing here
+needs jax.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, ClassVar
-
-import yaml
 
 from longlive_jax.config import (
     SamplerConfig,
     TextEncoderConfig,
     TransformerConfig,
     VAEConfig,
-    from_dict,
-    to_dict,
     unknown_name,
 )
 from longlive_jax.errors import UserError, collect, raise_all
 from longlive_jax.training.config import REMAT, DistillationConfig, Quirks
+from longlive_jax.training.phases import DistillPhase, LatentPhase, VAEPhase
+from longlive_jax.training.run_config import OptimizerConfig, RunConfig, require
 
-DTYPES = ("float32", "bfloat16")
 SIZES = {
     "sprites": TransformerConfig.sprites, "t2v_1_3b": TransformerConfig.t2v_1_3b, "t2v_14b": TransformerConfig.t2v_14b
 }  # fmt: skip
 """Transformers by name."""
 
 
-def _check_phase(phase, negative: str | None) -> None:
-    faults = []
-    for name in ("steps", "batch_size"):
-        _require(faults, getattr(phase, name) >= 1, f"{name} is {getattr(phase, name)}; 1 or more is needed")
-    _require(faults, phase.rate > 0, f"rate is {phase.rate}; it must be above 0")
-    _require(faults, negative is None, f"{negative} must be 0 or more")
-    _require(faults, phase.minutes is None or phase.minutes > 0, f"minutes is {phase.minutes}; above 0 is needed")
-    raise_all(faults, f"phase {phase.name}: ")
-
-
-def _require(faults: list[str], fine: bool, message: str) -> None:
-    if not fine:
-        faults.append(message)
-
-
 EULER = SamplerConfig(
     height=64, width=64, shift=3.0, solver="euler", steps=(1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)
 )
 """How a sprites model that is not distilled is decoded: eight steps along the flow."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and what surrounds it. The learning rate is the phase's.
-
-    Attributes:
-      b1: decay of the first moment; at 0 it is the gradient itself and is not kept.
-      b2: decay of the second moment.
-      eps: of AdamW.
-      weight_decay: of all parameters, times the learning rate.
-      clip: largest global norm of a gradient; 0 for no limit.
-      warmup: steps in which the rate rises from 0.
-      final_rate: the rate falls to this along a cosine; None for a constant rate.
-      ema: decay of the averaged weights, which are what a run hands on; 0 for none.
-      ema_start: updates before which the average is the weights themselves.
-      spike: updates with a gradient norm above this many times the usual are skipped; 0 for no limit.
-    """
-
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    warmup: int = 100
-    final_rate: float | None = None
-    ema: float = 0.998
-    ema_start: int = 0
-    spike: float = 0.0
-
-    def __post_init__(self):
-        faults = []
-        for name in ("b1", "b2", "ema"):
-            _require(faults, 0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; from 0 to below 1")
-        for name in ("weight_decay", "clip", "warmup", "ema_start", "spike"):
-            _require(faults, getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; 0 or more is allowed")
-        _require(faults, self.eps > 0, f"eps is {self.eps}; it must be above 0")
-        raise_all(faults, "optimizer: ")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """How a stage is run, whatever it trains.
-
-    Attributes:
-      seed: of initial weights, data and noise.
-      streams: independent parts of a batch, each with its own noise. The devices of a mesh take one each at a time, so
-        numbers depend on this and not on the mesh. More streams than devices: gradients are accumulated.
-      data: mesh axis of copies.
-      fsdp: mesh axis over which parameters and optimiser states are cut up.
-      dtype: of activations; weights, their gradients' sums and optimiser states are float32 always.
-      unroll: write out the loop over a transformer's layers: a third less time a step for small networks on a CPU, twice
-        the time to compile.
-      save_every: steps between checkpoints of the run.
-      keep: how many of them stay.
-      log_every: steps between lines of metrics.
-      validate_every: steps between validation videos; 0 for one at the end of each phase.
-      minutes: stop after this long, with a checkpoint to go on from.
-      workers: processes that draw data; 0 for two threads (of grain, where that is installed).
-      split_every: steps between timing passes, which run the parts of a step (rollout, teacher ...) apart; 0 for none.
-      device_gib: memory of a device, to check a run for other machines; None for what this one has.
-      max_skips: updates skipped in a row before the run gives up.
-      tensorboard: write TensorBoard files where tensorboardX is installed.
-      wandb: Weights & Biases project to log to.
-    """
-
-    seed: int = 0
-    streams: int = 1
-    data: int = 1
-    fsdp: int = 1
-    dtype: str = "float32"
-    unroll: bool = False
-    save_every: int = 200
-    keep: int = 2
-    log_every: int = 20
-    validate_every: int = 0
-    minutes: float | None = None
-    workers: int = 0
-    split_every: int = 0
-    device_gib: float | None = None
-    max_skips: int = 20
-    tensorboard: bool = True
-    wandb: str | None = None
-
-    def __post_init__(self):
-        faults = []
-        for name in ("streams", "data", "fsdp", "save_every", "keep", "log_every", "max_skips"):
-            _require(faults, getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; 1 or more is needed")
-        for name in ("seed", "validate_every", "workers", "split_every"):
-            _require(faults, getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; 0 or more is allowed")
-        for name in ("minutes", "device_gib"):
-            value = getattr(self, name)
-            _require(faults, value is None or value > 0, f"{name} is {value}; above 0 is needed")
-        if self.dtype not in DTYPES:
-            faults.append(unknown_name("dtype", self.dtype, DTYPES))
-        if min(self.streams, self.data, self.fsdp) >= 1:
-            _require(
-                faults, self.streams % self.devices == 0,
-                f"streams is {self.streams}, which a mesh of data {self.data} x fsdp {self.fsdp} = {self.devices} "
-                f"devices does not divide; make it a multiple of {self.devices}",
-            )  # fmt: skip
-        raise_all(faults, "run: ")
-
-    @property
-    def devices(self) -> int:
-        return self.data * self.fsdp
-
-
-HARMLESS = (
-    "save_every", "keep", "log_every", "validate_every", "minutes", "workers", "split_every", "device_gib", "max_skips",
-    "tensorboard", "wandb",
-)  # fmt: skip
-"""Fields of `RunConfig` that may differ when a run goes on: they change no number."""
-
-
-@dataclasses.dataclass(frozen=True)
-class VAEPhase:
-    """A part of the VAE's training.
-
-    Attributes:
-      name: of the phase.
-      steps: of training.
-      batch_size: clips a step, all streams together.
-      rate: peak learning rate.
-      frames: pixel frames a clip, 4 k + 1.
-      sprites: drawn into each clip.
-      emphasis: added weight of the sprites' pixels in the loss.
-      minutes: what the phase may take. Where its steps would take longer, there are fewer, and the learning rate falls
-        accordingly; found out while the first tenth runs.
-    """
-
-    name: str
-    steps: int
-    batch_size: int
-    rate: float
-    frames: int = 1
-    sprites: int = 1
-    emphasis: float = 0.0
-    minutes: float | None = None
-
-    def __post_init__(self):
-        _check_phase(self, "emphasis" if self.emphasis < 0 else None)
-        if self.frames % 4 != 1 or self.sprites < 1:
-            raise UserError(
-                f"phase {self.name}: frames {self.frames} must be 4 k + 1, sprites {self.sprites} 1 or more"
-            )
-
-    def shrunk(self) -> VAEPhase:
-        return dataclasses.replace(self, steps=2, batch_size=1, frames=min(self.frames, 5))
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentPhase:
-    """A part of a transformer's training on cached latents.
-
-    Attributes:
-      name: of the phase.
-      steps: of training.
-      batch_size: clips a step, all streams together.
-      rate: peak learning rate.
-      frames: latent frames of a training sequence.
-      clip_frames: latent frames of a cached clip.
-      clips: how many are cached.
-      minutes: what the phase may take. Where its steps would take longer, there are fewer, and the learning rate falls
-        accordingly; found out while the first tenth runs.
-    """
-
-    name: str
-    steps: int
-    batch_size: int
-    rate: float
-    frames: int
-    clip_frames: int
-    clips: int
-    minutes: float | None = None
-
-    def __post_init__(self):
-        _check_phase(self, None)
-        if not 1 <= self.frames <= self.clip_frames:
-            raise UserError(
-                f"phase {self.name}: frames is {self.frames}; 1 to clip_frames {self.clip_frames} is allowed"
-            )
-        if self.clips < 1:
-            raise UserError(f"phase {self.name}: clips is {self.clips}; 1 or more is needed")
-
-    def shrunk(self) -> LatentPhase:
-        return dataclasses.replace(
-            self, steps=2, batch_size=2, frames=min(self.frames, 6), clip_frames=min(self.clip_frames, 6), clips=4
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +45,8 @@ class StageConfig:
     def __post_init__(self):
         faults = []
         names = [phase.name for phase in self.phases]
-        _require(faults, bool(names), "there are no phases; give at least one")
-        _require(faults, len(set(names)) == len(names), f"phases {names} must have different names")
+        require(faults, bool(names), "there are no phases; give at least one")
+        require(faults, len(set(names)) == len(names), f"phases {names} must have different names")
         for phase in self.phases:
             if phase.batch_size % self.run.streams:
                 near = self.run.streams * max(1, round(phase.batch_size / self.run.streams))
@@ -395,7 +187,7 @@ class TransformerTrainConfig(ModelTrainConfig):
             super().__post_init__()
         if self.remat not in REMAT:
             faults.append(unknown_name("remat", self.remat, REMAT))
-        _require(faults, 0 <= self.prompt_dropout < 1, f"prompt_dropout is {self.prompt_dropout}; from 0 to below 1")
+        require(faults, 0 <= self.prompt_dropout < 1, f"prompt_dropout is {self.prompt_dropout}; from 0 to below 1")
         raise_all(faults)
 
     def _tiny(self) -> dict[str, Any]:
@@ -439,36 +231,8 @@ class StudentTrainConfig(TransformerTrainConfig):
                 frames = getattr(phase, name)
                 if frames % block:
                     faults.append(f"phase {phase.name}: {name} is {frames}; whole blocks of {block} are needed")
-        _require(faults, 0 <= self.context_noise <= 1, f"context_noise is {self.context_noise}; 0 to 1 is allowed")
+        require(faults, 0 <= self.context_noise <= 1, f"context_noise is {self.context_noise}; 0 to 1 is allowed")
         raise_all(faults)
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillPhase:
-    """A part of distillation.
-
-    Attributes:
-      name: of the phase.
-      steps: of training; the critic learns in each.
-      batch_size: videos a step, all streams together.
-      rate: learning rate of the student.
-      critic_rate: of the critic.
-      minutes: what the phase may take. Where its steps would take longer, there are fewer, and the learning rate falls
-        accordingly; found out while the first tenth runs.
-    """
-
-    name: str
-    steps: int
-    batch_size: int
-    rate: float
-    critic_rate: float
-    minutes: float | None = None
-
-    def __post_init__(self):
-        _check_phase(self, "critic_rate" if self.critic_rate < 0 else None)
-
-    def shrunk(self) -> DistillPhase:
-        return dataclasses.replace(self, steps=2, batch_size=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -511,8 +275,8 @@ class DistillTrainConfig(ModelTrainConfig):
             faults.append("sampler: rope is 'auto'; training needs it decided: absolute or relative")
         if self.teacher_size not in (None, *SIZES):
             faults.append(unknown_name("teacher_size", self.teacher_size, SIZES))
-        _require(faults, self.student_every >= 1, f"student_every is {self.student_every}; 1 or more is needed")
-        _require(faults, self.lora_rank >= 0, f"lora_rank is {self.lora_rank}; 0 (for none) or more is allowed")
+        require(faults, self.student_every >= 1, f"student_every is {self.student_every}; 1 or more is needed")
+        require(faults, self.lora_rank >= 0, f"lora_rank is {self.lora_rank}; 0 (for none) or more is allowed")
         raise_all(faults)
 
     def _tiny(self) -> dict[str, Any]:
@@ -565,60 +329,3 @@ STAGES: dict[str, type[StageConfig]] = {
     for kind in (VAETrainConfig, TeacherTrainConfig, StudentTrainConfig, InitTrainConfig, LongTrainConfig)
 }
 """Settings of each stage, by its name."""
-
-
-# MARK: files
-
-
-def read_config(path: str | Path, kind: type[StageConfig]) -> StageConfig:
-    """A stage's settings from a YAML file; what it leaves out is the stage's own.
-
-    Raises:
-      UserError: no such file, not YAML, or a key or value that is not understood.
-    """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path given to --config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}{f':{where.line + 1}' if where else ''}: not valid YAML") from None
-    return from_values(kind, values if values is not None else {}, str(path))
-
-
-def from_values(kind: type[StageConfig], values: Any, where: str) -> StageConfig:
-    """As `config.from_dict`, but nested tables that are given in part keep the stage's own values for the rest."""
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a table of settings, got {values!r}")
-    own, filled = {f.name: f.default for f in dataclasses.fields(kind)}, {}
-    for name, value in values.items():
-        given = own.get(name)
-        if dataclasses.is_dataclass(given) and isinstance(value, dict):
-            value = {**to_dict(given), **{k: _number(v) for k, v in value.items()}}
-        elif name == "phases" and isinstance(value, list):
-            value = [{k: _number(v) for k, v in p.items()} if isinstance(p, dict) else p for p in value]
-        filled[name] = _number(value)
-    return from_dict(kind, filled, where)
-
-
-def _number(value: Any) -> Any:
-    """YAML reads 2e-3 as a text (it wants 2.0e-3); everybody means the number."""
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What a run's settings and new ones disagree about, as "run.streams: 1, now 2"; harmless fields left out."""
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        one, two, path = old.get(name), new.get(name), prefix + name
-        if isinstance(one, dict) and isinstance(two, dict):
-            found += differences(one, two, f"{path}.")
-        elif one != two and not (prefix == "run." and name in HARMLESS):
-            found.append(f"{path}: {one}, now {two}")
-    return found

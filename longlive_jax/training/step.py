@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from longlive_jax import checkpoint
 from longlive_jax.sharding import param_spec, taken, using
 from longlive_jax.training.learner import TrainState
-from longlive_jax.training.stage_config import OptimizerConfig
+from longlive_jax.training.run_config import OptimizerConfig
 
 DEVICES = ("data", "fsdp")
 """Mesh axes whose devices take a stream each."""

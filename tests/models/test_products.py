@@ -78,7 +78,9 @@ def test_no_product_mixes_dtypes():
         return jnp.sum(y.astype(jnp.float32)) + jnp.sum(products.attention(q, q, q).astype(jnp.float32))
 
     text = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(draw(5, 16), draw(16, 8), draw(8), draw(2, 6, 3, 16)).as_text()
-    types = re.findall(r"stablehlo.dot_general .* : \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\) -> tensor<[\dx]*x(\w+)>", text)
+    types = re.findall(
+        r"stablehlo.dot_general .* : \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\) -> tensor<[\dx]*x(\w+)>", text
+    )
     assert len(types) == len(re.findall("stablehlo.dot_general", text)) == 3 + 7
     assert set(types) == {("bf16", "bf16", "f32")}
     assert not re.search(r"batching_dims = \[\d+, ", text)
@@ -96,7 +98,9 @@ def make_layers():
 
 def test_a_written_out_scan_is_the_scan():
     params, x = nnx.to_pure_dict(nnx.state(make_layers())), draw(2, 8, dtype=jnp.float32)
-    loops = [str(jax.make_jaxpr(lambda x, u=u: through_layers(params, x, u))(x)).count("unroll=1") for u in (False, True)]
+    loops = [
+        str(jax.make_jaxpr(lambda x, u=u: through_layers(params, x, u))(x)).count("unroll=1") for u in (False, True)
+    ]
     assert loops == [1, 0], "the setting changes the program"
     for one, two in zip(*(jax.tree.leaves(through_layers(params, x, u)) for u in (False, True)), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6)

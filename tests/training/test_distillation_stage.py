@@ -8,7 +8,8 @@ import pytest
 from longlive_jax.errors import UserError
 from longlive_jax.tokenizer import Tokens
 from longlive_jax.training.config import DistillationConfig
-from longlive_jax.training.stage_config import DistillPhase, InitTrainConfig, LongTrainConfig
+from longlive_jax.training.phases import DistillPhase
+from longlive_jax.training.stage_config import InitTrainConfig, LongTrainConfig
 from longlive_jax.training.stages.distillation import (
     NEVER,
     ChunkSchedule,

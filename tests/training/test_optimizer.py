@@ -8,7 +8,7 @@ import pytest
 
 from longlive_jax.errors import UserError
 from longlive_jax.training.optimizer import learning_rate, make_optimizer
-from longlive_jax.training.stage_config import OptimizerConfig
+from longlive_jax.training.run_config import OptimizerConfig
 
 
 def run(optimizer, steps=5):

@@ -6,17 +6,10 @@ from pathlib import Path
 import pytest
 
 from longlive_jax.errors import UserError
-from longlive_jax.training.stage_config import (
-    STAGES,
-    LatentPhase,
-    OptimizerConfig,
-    RunConfig,
-    StudentTrainConfig,
-    VAEPhase,
-    VAETrainConfig,
-    differences,
-    read_config,
-)
+from longlive_jax.training.config_files import differences, read_config
+from longlive_jax.training.phases import LatentPhase, VAEPhase
+from longlive_jax.training.run_config import OptimizerConfig, RunConfig
+from longlive_jax.training.stage_config import STAGES, StudentTrainConfig, VAETrainConfig
 
 FOLDERS = ("sprites", "sprites/gpu", "wan")
 EXPERIMENTS = sorted(p for f in FOLDERS for p in (Path(__file__).parents[2] / "experiments" / f).glob("*.yaml"))

@@ -20,7 +20,7 @@ from longlive_jax.config import TransformerConfig
 from longlive_jax.models.layers import structure
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.training.learner import SPIKE_AFTER, Learner, TrainState
-from longlive_jax.training.stage_config import OptimizerConfig
+from longlive_jax.training.run_config import OptimizerConfig
 from longlive_jax.training.step import Teaching, Turn, arrange, gradient, make_step, put
 
 CONFIG = OptimizerConfig(warmup=0, ema=0.9, clip=0.0, spike=4.0)

@@ -14,7 +14,9 @@ from longlive_jax.config import ModelConfig, VAEConfig
 from longlive_jax.data.sprite_source import make_clip
 from longlive_jax.errors import UserError
 from longlive_jax.models.vae import VAE
-from longlive_jax.training.stage_config import OptimizerConfig, VAEPhase, VAETrainConfig
+from longlive_jax.training.phases import VAEPhase
+from longlive_jax.training.run_config import OptimizerConfig
+from longlive_jax.training.stage_config import VAETrainConfig
 from longlive_jax.training.stages.vae import VAEStage
 from longlive_jax.training.trainer import train
 from longlive_jax.training.vae import inflate, latent_statistics, make_vae_step

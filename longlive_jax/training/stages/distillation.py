@@ -31,8 +31,9 @@ from longlive_jax.models.vae import VAE
 from longlive_jax.pipeline import LongLivePipeline
 from longlive_jax.training import lora
 from longlive_jax.training.dmd import Score
+from longlive_jax.training.phases import DistillPhase
 from longlive_jax.training.rollout import Rollout
-from longlive_jax.training.stage_config import SIZES, DistillPhase
+from longlive_jax.training.stage_config import SIZES
 from longlive_jax.training.stages.base import side_by_side
 from longlive_jax.training.stages.transformer import ModelStage, test_prompts
 from longlive_jax.training.state import Prompts

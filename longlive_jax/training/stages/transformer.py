@@ -24,7 +24,7 @@ from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
 from longlive_jax.tokenizer import PromptTokenizer, train_unigram
 from longlive_jax.training.latents import cached_latents
-from longlive_jax.training.stage_config import LatentPhase
+from longlive_jax.training.phases import LatentPhase
 from longlive_jax.training.stages.base import Stage
 
 CLIP_SEED = 7
@@ -57,7 +57,9 @@ class ModelStage(Stage):
             if folder is not None:
                 self.sources[role] = checkpoint.checkpoint_hash(folder)
         self.graphs = {
-            "transformer": structure(lambda: WanTransformer(self.model.transformer, unroll=config.run.unroll, rngs=nnx.Rngs(0))),
+            "transformer": structure(
+                lambda: WanTransformer(self.model.transformer, unroll=config.run.unroll, rngs=nnx.Rngs(0))
+            ),
             "text_encoder": structure(lambda: TextEncoder(self.model.text_encoder, rngs=nnx.Rngs(0))),
         }
 

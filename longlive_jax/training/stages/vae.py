@@ -18,7 +18,7 @@ from longlive_jax.data.sprites import render_crowd
 from longlive_jax.errors import UserError
 from longlive_jax.models.layers import initial, structure
 from longlive_jax.models.vae import VAE
-from longlive_jax.training.stage_config import VAEPhase
+from longlive_jax.training.phases import VAEPhase
 from longlive_jax.training.stages.base import Stage, decoded, side_by_side
 from longlive_jax.training.step import Turn
 from longlive_jax.training.vae import encoded, inflate, latent_statistics, vae_loss

@@ -1,0 +1,68 @@
+"""A stage's settings as a YAML file, and what two runs' settings disagree about."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longlive_jax.config import from_dict, to_dict
+from longlive_jax.errors import UserError
+from longlive_jax.training.run_config import HARMLESS
+from longlive_jax.training.stage_config import StageConfig
+
+
+def read_config(path: str | Path, kind: type[StageConfig]) -> StageConfig:
+    """A stage's settings from a YAML file; what it leaves out is the stage's own.
+
+    Raises:
+      UserError: no such file, not YAML, or a key or value that is not understood.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path given to --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        raise UserError(f"{path}{f':{where.line + 1}' if where else ''}: not valid YAML") from None
+    return from_values(kind, values if values is not None else {}, str(path))
+
+
+def from_values(kind: type[StageConfig], values: Any, where: str) -> StageConfig:
+    """As `config.from_dict`, but nested tables that are given in part keep the stage's own values for the rest."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected a table of settings, got {values!r}")
+    own, filled = {f.name: f.default for f in dataclasses.fields(kind)}, {}
+    for name, value in values.items():
+        given = own.get(name)
+        if dataclasses.is_dataclass(given) and isinstance(value, dict):
+            value = {**to_dict(given), **{k: _number(v) for k, v in value.items()}}
+        elif name == "phases" and isinstance(value, list):
+            value = [{k: _number(v) for k, v in p.items()} if isinstance(p, dict) else p for p in value]
+        filled[name] = _number(value)
+    return from_dict(kind, filled, where)
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 2e-3 as a text (it wants 2.0e-3); everybody means the number."""
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What a run's settings and new ones disagree about, as "run.streams: 1, now 2"; harmless fields left out."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        one, two, path = old.get(name), new.get(name), prefix + name
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += differences(one, two, f"{path}.")
+        elif one != two and not (prefix == "run." and name in HARMLESS):
+            found.append(f"{path}: {one}, now {two}")
+    return found
