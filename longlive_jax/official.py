@@ -6,11 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from longlive_jax.config import OFFICIAL_NAMES, SamplerConfig, official_changes, replace, unknown_name
 from longlive_jax.errors import UserError
 from longlive_jax.prompts import LATENTS_PER_SECOND
+from longlive_jax.yaml_files import read_yaml
 
 USED = (*OFFICIAL_NAMES, "global_sink", "use_infinite_attention", "num_output_frames", "seed", "switch_frame_indices")
 """Keys that say how a video is decoded."""
@@ -59,13 +58,7 @@ def read_official(path: str | Path) -> OfficialRun:
       UserError: no such file, no YAML, or a key nobody knows (the nearest name is offered).
     """
     path = Path(path)
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path given to --config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}{f':{where.line + 1}' if where else ''}: not valid YAML") from None
+    loaded = read_yaml(path)
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a table of settings as in LongLive's configs")
     model_kwargs = loaded.get("model_kwargs") or {}

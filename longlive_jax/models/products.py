@@ -9,6 +9,8 @@ is needed and nothing changes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
@@ -107,15 +109,16 @@ def _attend(q, k, v, bias):
     return _attend_forward(q, k, v, bias)[0]
 
 
-def _logits(q, k, bias):
-    logits = q.shape[-1] ** -0.5 * batched(q, k, 2, 2)
-    return logits if bias is None else logits + bias
+def logits(q: Num[Array, "n t d"], k: Num[Array, "n s d"], bias: Any = None) -> Float[Array, "n t s"]:
+    """Scaled products of queries and keys in float32, plus the bias."""
+    scaled = q.shape[-1] ** -0.5 * batched(q, k, 2, 2)
+    return scaled if bias is None else scaled + bias
 
 
 def _attend_forward(q, k, v, bias):
-    logits = _logits(q, k, bias)
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - largest)
+    scores = logits(q, k, bias)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     y = (batched(weights.astype(v.dtype), v, 2, 1) / total).astype(q.dtype)
     return y, (q, k, v, bias, largest + jnp.log(total), y)
@@ -124,24 +127,28 @@ def _attend_forward(q, k, v, bias):
 def _attend_backward(kept, dy):
     q, k, v, bias, logsumexp, y = kept
     dy = dy.astype(q.dtype)
-    mean = jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=-1, keepdims=True)
-    dq, dk, dv = attention_gradients(q, k, v, dy, _logits(q, k, bias), logsumexp, mean)
+    dq, dk, dv = attention_gradients(q, k, v, dy, logits(q, k, bias), logsumexp, row_means(y, dy))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attention_gradients(q, k, v, dy, logits, logsumexp, mean) -> tuple[Array, Array, Array]:
+def row_means(y: Num[Array, "... d"], dy: Num[Array, "... d"]) -> Float[Array, "... 1"]:
+    """Sum over d of an attention's result times its gradient: what a softmax's derivative takes off."""
+    return jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=-1, keepdims=True)
+
+
+def attention_gradients(q, k, v, dy, scores, logsumexp, mean) -> tuple[Array, Array, Array]:
     """What some of the keys of an attention give to its gradients, in float32.
 
     Args:
       q, dy: queries and the gradient of their result, [n, t, d].
       k, v: some of the keys and values, [n, s, d].
-      logits: of these keys, scaled.
-      logsumexp, mean: [n, t, 1]: of all keys' logits; and the sum over d of result times its gradient.
+      scores: `logits` of these keys.
+      logsumexp, mean: [n, t, 1]: of all keys' logits; and `row_means`.
     """
-    weights = jnp.exp(logits - logsumexp)
+    weights = jnp.exp(scores - logsumexp)
     dv = batched(weights.astype(q.dtype), dy, 1, 1)
     dlogits = (weights * (batched(dy, v, 2, 2) - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
     return batched(dlogits, k, 2, 1), batched(dlogits, q, 1, 1), dv

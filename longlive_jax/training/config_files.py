@@ -6,12 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from longlive_jax.config import from_dict, to_dict
 from longlive_jax.errors import UserError
 from longlive_jax.training.run_config import HARMLESS
 from longlive_jax.training.stage_config import StageConfig
+from longlive_jax.yaml_files import read_yaml
 
 
 def read_config(path: str | Path, kind: type[StageConfig]) -> StageConfig:
@@ -21,13 +20,7 @@ def read_config(path: str | Path, kind: type[StageConfig]) -> StageConfig:
       UserError: no such file, not YAML, or a key or value that is not understood.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path given to --config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}{f':{where.line + 1}' if where else ''}: not valid YAML") from None
+    values = read_yaml(path)
     return from_values(kind, values if values is not None else {}, str(path))
 
 

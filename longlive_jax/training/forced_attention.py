@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num
 
-from longlive_jax.models.products import attention_gradients, batched
+from longlive_jax.models.products import attention_gradients, batched, logits, row_means
 
 
 def forced_attention(
@@ -43,7 +43,7 @@ def _attend(q, k, v):
 
 def _forward(q, k, v):
     n, g, _, m, d = q.shape
-    own = d**-0.5 * batched(_alone(q), _alone(k), 2, 2)
+    own = logits(_alone(q), _alone(k))
     largest = jnp.max(own, axis=-1, keepdims=True)
     weights = jnp.exp(own - largest)
     sums = jnp.sum(weights, axis=-1, keepdims=True).reshape(n, g, 2 * m, 1)
@@ -54,9 +54,9 @@ def _forward(q, k, v):
     for i in range(g):
         value, total, top = values[:, i], sums[:, i], largest[:, i]
         if i > 0:
-            logits = d**-0.5 * batched(q[:, i].reshape(n, 2 * m, d), clean_k[:, : i * m], 2, 2)
-            old, top = top, jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
-            weights, keep = jnp.exp(logits - top), jnp.exp(old - top)
+            past = logits(q[:, i].reshape(n, 2 * m, d), clean_k[:, : i * m])
+            old, top = top, jnp.maximum(top, jnp.max(past, axis=-1, keepdims=True))
+            weights, keep = jnp.exp(past - top), jnp.exp(old - top)
             value = value * keep + batched(weights.astype(q.dtype), clean_v[:, : i * m], 2, 1)
             total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
         results.append((value / total).astype(q.dtype))
@@ -69,9 +69,9 @@ def _backward(kept, dy):
     q, k, v, y, logsumexp = kept
     n, g, _, m, d = q.shape
     dy = dy.astype(q.dtype)
-    mean = jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=-1).reshape(n, g, 2 * m, 1)
+    mean = row_means(y, dy).reshape(n, g, 2 * m, 1)
     flat = (_alone(q), _alone(k), _alone(v), _alone(dy))
-    own = d**-0.5 * batched(flat[0], flat[1], 2, 2)
+    own = logits(flat[0], flat[1])
     dq, dk, dv = attention_gradients(*flat, own, logsumexp.reshape(-1, m, 1), mean.reshape(-1, m, 1))
     dq, dk, dv = dq.reshape(n, g, 2 * m, d), dk.reshape(n, g, 2, m, d), dv.reshape(n, g, 2, m, d)
     clean_k, clean_v, clean_dk, clean_dv = (a[:, :, 0].reshape(n, g * m, d) for a in (k, v, dk, dv))
@@ -79,8 +79,8 @@ def _backward(kept, dy):
     for i in range(1, g):
         past_k, past_v = clean_k[:, : i * m], clean_v[:, : i * m]
         queries, gradients = (a[:, i].reshape(n, 2 * m, d) for a in (q, dy))
-        logits = d**-0.5 * batched(queries, past_k, 2, 2)
-        parts = attention_gradients(queries, past_k, past_v, gradients, logits, logsumexp[:, i], mean[:, i])
+        past = logits(queries, past_k)
+        parts = attention_gradients(queries, past_k, past_v, gradients, past, logsumexp[:, i], mean[:, i])
         dqs.append(dq[:, i] + parts[0])
         clean_dk = clean_dk.at[:, : i * m].add(parts[1])
         clean_dv = clean_dv.at[:, : i * m].add(parts[2])

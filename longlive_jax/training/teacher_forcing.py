@@ -76,9 +76,10 @@ def teacher_forcing_loss(
     past = jax.random.uniform(keys[2], (b, 1, 1, 1, 1), maxval=context_noise)
     clean = add_noise(x0, jax.random.normal(keys[3], x0.shape), past)
     text_kv = model.text_kv(text_encoder(batch.ids, batch.mask, jnp.dtype(dtype)))
-    seen = {"mask": jnp.asarray(teacher_forcing_mask(t, block))}
     if sharding.platform() == "cpu":
         seen = {"attention": lambda q, k, v, **_: forced_attention(q, k, v, t // block)}
+    else:
+        seen = {"mask": jnp.asarray(teacher_forcing_mask(t, block))}
     flow = model.bidirectional(
         jnp.concatenate([clean, noisy], axis=1).astype(dtype),
         jnp.concatenate([jnp.zeros((b, t)), 1000 * sigma], axis=1),

@@ -4,12 +4,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
 from longlive_jax.errors import UserError
 from longlive_jax.training.config_files import differences, read_config
 from longlive_jax.training.phases import LatentPhase, VAEPhase
 from longlive_jax.training.run_config import OptimizerConfig, RunConfig
 from longlive_jax.training.stage_config import STAGES, StudentTrainConfig, VAETrainConfig
+from longlive_jax.training.stages.student import StudentStage
 
 FOLDERS = ("sprites", "sprites/gpu", "wan")
 EXPERIMENTS = sorted(p for f in FOLDERS for p in (Path(__file__).parents[2] / "experiments" / f).glob("*.yaml"))
@@ -137,3 +139,14 @@ def test_settings_of_the_official_training():
 def test_differences_leave_out_what_changes_no_number():
     old = {"run": {"seed": 0, "keep": 2}, "a": {"b": 1}}
     assert differences(old, {"run": {"seed": 1, "keep": 3}, "a": {"b": 1}}) == ["run.seed: 0, now 1"]
+
+
+def test_unroll_is_the_transformers(tmp_path):
+    made = [
+        nnx.merge(stage.graphs["transformer"], stage.shapes()[0]["student"]["transformer"])
+        for stage in (
+            StudentStage(dataclasses.replace(StudentTrainConfig(), run=RunConfig(unroll=unroll)), tmp_path, print)
+            for unroll in (False, True)
+        )
+    ]
+    assert [transformer.unroll for transformer in made] == [False, True]
