@@ -50,9 +50,7 @@ def run_stage(runs: Path, stage: str) -> None:
     assert longlive("train", stage, "--config", config, "--smoke", *STARTS[stage], "--output", stage) == 0
 
 
-@pytest.mark.parametrize(
-    "stage", ["vae", "teacher", "ar", *(pytest.param(s, marks=pytest.mark.slow) for s in ("init", "long"))]
-)
+@pytest.mark.parametrize("stage", list(STARTS))
 def test_stage(runs, capsys, monkeypatch, stage):
     monkeypatch.chdir(runs)
     run_stage(runs, stage)
