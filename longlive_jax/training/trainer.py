@@ -199,6 +199,7 @@ class _Loop:
         self.clock = {"data": 0.0, "save": 0.0, "validate": 0.0, "split": 0.0}
         self.split: dict[str, float] = {}
         self.logged = False
+        self.quickest = float("inf")
         self.pending: list[dict[str, jax.Array]] = []
         self.marked = self.started = time.monotonic()
         self.stopped_by: int | None = None
@@ -263,7 +264,7 @@ class _Loop:
         if self.step == start or self.iterator is None:
             self.iterator = self.stage.data(phase, self.step - start, self.mine)
         run = self.config.run
-        self.marked, self.logged = time.monotonic(), False
+        self.marked, self.logged, self.quickest = time.monotonic(), False, float("inf")
         while self.step < start + self._length(phase):
             batch = self._batch()
             turns = self.stage.turns(phase, self.step - start)
@@ -296,6 +297,8 @@ class _Loop:
         first, self.logged = not self.logged, True
         if phase.minutes is None or first or done > max(1, length // 10):
             return
+        # The quickest so far: a pause, or a neighbour on the same cores, must not cost the phase its steps.
+        self.quickest = seconds = min(seconds, self.quickest)
         least = max(done, self.config.optimizer.warmup) + 1
         affordable = 60 * phase.minutes / seconds
         # A little over is let go: another schedule is another program to compile.

@@ -209,6 +209,18 @@ def test_a_phase_with_enough_time_keeps_its_steps(tmp_path):
     assert run(tmp_path, config).steps[-1] == 30 and shortened(tmp_path) == {}
 
 
+def test_a_pause_does_not_shorten_a_phase(tmp_path, monkeypatch):
+    log, seconds = trainer._Loop._log, iter([5.0, 1e-3, 1e6])  # compilation, a step, a step with a pause in it
+
+    def paused(loop, phase):
+        log(loop, phase)
+        return next(seconds, 1e-3)
+
+    monkeypatch.setattr(trainer._Loop, "_log", paused)
+    config = dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 30, minutes=1),))
+    assert run(tmp_path, config).steps[-1] == 30 and shortened(tmp_path) == {}
+
+
 def test_parts_of_a_step_are_timed_apart(whole, tmp_path):
     run(tmp_path, changed(split_every=4))
     timed = [r for r in lines(tmp_path) if "seconds_add" in r]
