@@ -2,6 +2,7 @@
 
     python experiments/sprites/run.py --output runs/gpu                          # one GPU, under 25 minutes
     python experiments/sprites/run.py --output runs/rehearsal --rehearse         # the same at tiny sizes, on a CPU
+    python experiments/sprites/run.py --output runs/cpu --recipe cpu             # the smaller model that ships: hours
 
 Call it again to go on: a stage whose checkpoint is there is left out, one that was cut off goes on from its own state.
 `--stop-after SECONDS` ends a call in time, saved (exit status 3: there is more to do); leave a minute for a program
@@ -9,8 +10,8 @@ that is being compiled just then. Every call that ends by itself leaves OUTPUT/p
 under 16 MiB, and one of the figures. `--restore FOLDER` unpacks those on another machine. Data, latents and compiled
 programs are made again there; a stage that was under way begins again.
 
-Settings are in gpu/*.yaml. Their `minutes` are shares of the budget: where the steps of a phase would take longer, it
-has fewer. Needs neither grain nor tyro, ftfy, ffmpeg or a network.
+Settings are in gpu/*.yaml and cpu/*.yaml. `minutes` of those for a GPU are shares of the budget: where the steps of a
+phase would take longer, it has fewer. Needs neither grain nor tyro, ftfy, ffmpeg or a network.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ from pathlib import Path
 
 from longlive_jax.errors import UserError
 
-STAGES = ("vae", "teacher", "ar", "init", "long", "evaluate", "package")
 BUDGET, OVERHEAD = 25.0, 10.0
-"""Minutes in all, and of those for compiling, latents, validation and evaluation: the rest is for the phases."""
+"""Minutes in all on a GPU; and those for compiling, latents, validation, evaluation: the rest is for the phases."""
 
 MARGIN = 25.0
 """Seconds before --stop-after at which training stops, to write its state."""
@@ -37,16 +37,32 @@ MARGIN = 25.0
 LIMIT = 16 * 2**20
 """Bytes of a packed file."""
 
-STARTS = {
-    "vae": {},
-    "teacher": {"vae": "vae/checkpoint"},
-    "ar": {"vae": "vae/checkpoint", "init": "teacher/checkpoint"},
-    "init": {"vae": "vae/checkpoint", "init": "ar/checkpoint", "teacher": "teacher/checkpoint"},
-    "long": {
-        "vae": "vae/checkpoint", "init": "init/checkpoint", "teacher": "teacher/checkpoint", "critic": "init/critic"
+RECIPES = {
+    "gpu": {
+        "vae": {},
+        "teacher": {"vae": "vae/checkpoint"},
+        "ar": {"vae": "vae/checkpoint", "init": "teacher/checkpoint"},
+        "init": {"vae": "vae/checkpoint", "init": "ar/checkpoint", "teacher": "teacher/checkpoint"},
+        "long": {
+            "vae": "vae/checkpoint", "init": "init/checkpoint", "teacher": "teacher/checkpoint", "critic": "init/critic"
+        },
+    },
+    "cpu": {
+        "vae": {},
+        "decoder": {"init": "vae/checkpoint"},
+        "ar": {"vae": "vae/checkpoint"},
+        "teacher": {"vae": "vae/checkpoint", "init": "ar/checkpoint"},
+        "init": {"vae": "decoder/checkpoint", "init": "ar/checkpoint", "teacher": "teacher/checkpoint"},
+        "long": {
+            "vae": "decoder/checkpoint", "init": "init/checkpoint", "teacher": "teacher/checkpoint",
+            "critic": "init/critic",
+        },
     },
 }  # fmt: skip
-"""What each stage begins with."""
+"""The stages of a recipe in order, and what each begins with."""
+
+KIND = {"decoder": "vae"}
+"""Stages that are not named after their command."""
 
 
 class Log:
@@ -74,17 +90,23 @@ class Run:
 
     Attributes:
       output: folder of all stages.
-      budget: minutes of all calls together.
+      budget: minutes of all calls together; None for what the settings say.
       deadline: time.monotonic() at which this one must have ended; None for none.
       rehearse: tiny sizes.
       log: is told.
+      recipe: which of `RECIPES`.
     """
 
     output: Path
-    budget: float
+    budget: float | None
     deadline: float | None
     rehearse: bool
     log: Log
+    recipe: str = "gpu"
+
+    @property
+    def starts(self) -> dict[str, dict[str, str]]:
+        return RECIPES[self.recipe]
 
     @property
     def left(self) -> float:
@@ -118,16 +140,17 @@ class Run:
         from longlive_jax.training.config_files import read_config
         from longlive_jax.training.stage_config import STAGES as KINDS
 
-        folder = Path(__file__).parent / "gpu"
-        settings = {name: read_config(folder / f"{name}.yaml", KINDS[name]) for name in STARTS}
+        folder = Path(__file__).parent / self.recipe
+        settings = {name: read_config(folder / f"{name}.yaml", KINDS[KIND.get(name, name)]) for name in self.starts}
         config, workers = settings[stage], os.cpu_count() or 1
-        minutes = sum(phase.minutes for other in settings.values() for phase in other.phases)
-        share = (self.budget - OVERHEAD) / minutes
-        phases = tuple(dataclasses.replace(p, minutes=p.minutes * share) for p in config.phases)
-        config = dataclasses.replace(config, phases=phases)
+        if self.budget is not None:
+            minutes = sum(phase.minutes for other in settings.values() for phase in other.phases)
+            share = (self.budget - OVERHEAD) / minutes
+            phases = tuple(dataclasses.replace(p, minutes=p.minutes * share) for p in config.phases)
+            config = dataclasses.replace(config, phases=phases)
         if self.rehearse:
             config, workers = config.shrunk(), int(stage == "vae")  # a process takes as long to start as its data
-        starts = {name: str(self.output / path) for name, path in STARTS[stage].items()}
+        starts = {name: str(self.output / path) for name, path in self.starts[stage].items()}
         if stage in ("teacher", "ar"):
             starts["latents"] = str(self.output / "latents")
         run = dataclasses.replace(config.run, workers=min(config.run.workers, workers))
@@ -193,7 +216,7 @@ class Run:
         self.log.stage, folder = "package", self.output / "package"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for stage in STARTS:
+        for stage in self.starts:
             if not self.done(stage):
                 continue
             for part in ("checkpoint", "critic") if stage == "init" else ("checkpoint",):
@@ -207,7 +230,7 @@ class Run:
     def _report(self) -> list[Path]:
         found = [self.output / "log.jsonl", *self.output.glob("*/metrics.jsonl"), *self.output.glob("*/run.json")]
         found += [*self.output.glob("evaluate/*")]
-        for stage in STARTS:
+        for stage in self.starts:
             found += sorted((self.output / stage / "validation").glob("*.png"))[-3:]
         return [path for path in found if path.exists()]
 
@@ -249,33 +272,42 @@ class Run:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--budget-minutes", type=float, default=BUDGET)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="gpu")
+    parser.add_argument("--budget-minutes", type=float, help=f"{BUDGET:g} by default; recipe gpu only")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="all by default")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS")
     parser.add_argument("--restore", type=Path, metavar="FOLDER")
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
     began = time.monotonic()
-    if args.budget_minutes <= OVERHEAD:
+    gpu = args.recipe == "gpu"
+    if not gpu and (args.budget_minutes is not None or args.restore is not None):
+        parser.error(f"recipe {args.recipe} has the steps of its settings and is not packed: no budget, no --restore")
+    budget = (BUDGET if args.budget_minutes is None else args.budget_minutes) if gpu else None
+    if budget is not None and budget <= OVERHEAD:
         parser.error(f"--budget-minutes must be above {OVERHEAD:g}, which go for compiling and evaluation")
+    stages = [*RECIPES[args.recipe], "evaluate", *["package"] * gpu]
+    if unknown := [stage for stage in args.stages or () if stage not in stages]:
+        parser.error(f"recipe {args.recipe} has no stage {', '.join(unknown)}; it has {', '.join(stages)}")
+    chosen = [stage for stage in stages if args.stages is None or stage in args.stages]
 
     args.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.output.absolute() / "compiled"))
     if args.rehearse:
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # what runs a few times is mostly compiled
     deadline = None if args.stop_after is None else began + args.stop_after
-    run = Run(args.output, args.budget_minutes, deadline, args.rehearse, Log(args.output))
+    run = Run(args.output, budget, deadline, args.rehearse, Log(args.output), args.recipe)
     if args.restore is not None:
         run.restore(args.restore)
     complete = True
     try:
-        for stage in STAGES:
-            if stage in args.stages and stage != "package":
+        for stage in chosen:
+            if stage != "package":
                 complete = run.stage(stage)
                 if not complete:
                     run.log.say("there is more to do: the same command goes on")
                     break
-        if "package" in args.stages:
+        if "package" in chosen:
             run.package()
     except UserError as error:
         run.log.say(str(error))

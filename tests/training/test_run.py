@@ -37,7 +37,7 @@ def make(script, output: Path, **changes):
 @pytest.fixture
 def finished(script, tmp_path, tiny_checkpoint):
     """An output whose stages are all there; the first has a VAE alone."""
-    for stage in script.STARTS:
+    for stage in script.RECIPES["gpu"]:
         folders = ("checkpoint", "critic") if stage in ("init", "long") else ("checkpoint",)
         for folder in folders:
             shutil.copytree(tiny_checkpoint, tmp_path / "one" / stage / folder)
@@ -76,7 +76,7 @@ def leaves(tree):
 
 def test_stages_that_are_there_are_left_out(script, finished):
     run = make(script, finished)
-    assert all(run.stage(stage) for stage in script.STARTS)
+    assert all(run.stage(stage) for stage in script.RECIPES["gpu"])
     assert "is there" in (finished / "log.jsonl").read_text()
     shutil.rmtree(finished / "init" / "critic")
     assert not make(script, finished, deadline=time.monotonic()).stage("init"), "no time is left to begin it"
@@ -84,7 +84,7 @@ def test_stages_that_are_there_are_left_out(script, finished):
 
 def test_settings(script, tmp_path):
     """Sizes fit from stage to stage, and the phases' minutes are the budget less what else takes time."""
-    configs = {stage: make(script, tmp_path).config(stage) for stage in script.STARTS}
+    configs = {stage: make(script, tmp_path).config(stage) for stage in script.RECIPES["gpu"]}
     assert configs.keys() == STAGES.keys()
     minutes = sum(phase.minutes for config in configs.values() for phase in config.phases)
     assert minutes == pytest.approx(script.BUDGET - script.OVERHEAD)
@@ -95,6 +95,17 @@ def test_settings(script, tmp_path):
     half = make(script, tmp_path, budget=middle).config("vae").phases
     assert [p.minutes for p in half] == [pytest.approx(p.minutes / 2) for p in configs["vae"].phases]
     assert make(script, tmp_path, rehearse=True).config("long").steps == 2
+
+
+def test_the_recipe_of_two_cores_has_its_own_order_and_steps(script, tmp_path):
+    run = make(script, tmp_path, recipe="cpu", budget=None)
+    configs = {stage: run.config(stage) for stage in script.RECIPES["cpu"]}
+    assert list(configs) == ["vae", "decoder", "ar", "teacher", "init", "long"]
+    assert not configs["decoder"].train_encoder and configs["decoder"].init == str(tmp_path / "vae/checkpoint")
+    assert configs["teacher"].init == str(tmp_path / "ar/checkpoint") and not configs["teacher"].train_text_encoder
+    assert configs["init"].vae == configs["long"].vae == str(tmp_path / "decoder/checkpoint")
+    assert configs["ar"].latents == configs["teacher"].latents
+    assert len({configs[stage].transformer for stage in ("ar", "teacher", "init", "long")}) == 1
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def run_stage(runs: Path, stage: str) -> None:
     for start in STARTS[stage]:
         if "/" in start and not (runs / start).exists():
             run_stage(runs, start.split("/")[0])
-    config = EXPERIMENTS / "sprites" / f"{stage}.yaml"
+    config = EXPERIMENTS / "sprites" / "cpu" / f"{stage}.yaml"
     assert longlive("train", stage, "--config", config, "--smoke", *STARTS[stage], "--output", stage) == 0
 
 

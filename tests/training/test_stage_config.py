@@ -13,7 +13,7 @@ from longlive_jax.training.run_config import OptimizerConfig, RunConfig
 from longlive_jax.training.stage_config import STAGES, StudentTrainConfig, VAETrainConfig
 from longlive_jax.training.stages.student import StudentStage
 
-FOLDERS = ("sprites", "sprites/gpu", "wan")
+FOLDERS = ("sprites/cpu", "sprites/gpu", "wan")
 EXPERIMENTS = sorted(p for f in FOLDERS for p in (Path(__file__).parents[2] / "experiments" / f).glob("*.yaml"))
 
 
@@ -29,8 +29,8 @@ def test_there_are_configs():
 
 
 def stage_of(path: Path) -> str:
-    """vae-decoder.yaml is for stage vae."""
-    return path.stem.split("-")[0]
+    """The decoder alone is for stage vae."""
+    return {"decoder": "vae"}.get(path.stem, path.stem)
 
 
 def test_a_file_changes_what_it_names(tmp_path):
