@@ -7,13 +7,11 @@ L1 reconstruction and a small KL term, AdamW. Stills need a third of the work a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
@@ -100,27 +98,6 @@ def inflate(vae: VAE) -> VAE:
         elif hasattr(module, "valid"):
             module.kernel.set_value(module.kernel.get_value().at[:-1].set(0.0))
     return vae
-
-
-def make_vae_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, *, kl_weight: float, emphasis: float = 0.0
-) -> Callable:
-    """`step(state, frames, key) -> state, metrics`, jitted with the state donated.
-
-    The state is {"params", "opt", "ema"}; the average decays at 0.999.
-    """
-
-    def loss(params, frames, key):
-        return vae_loss(nnx.merge(graph, params), frames, key, kl_weight=kl_weight, emphasis=emphasis)
-
-    def step(state: dict[str, Any], frames, key):
-        grads, metrics = jax.grad(loss, has_aux=True)(state["params"], frames, key)
-        updates, opt = optimizer.update(grads, state["opt"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        ema = optax.incremental_update(params, state["ema"], 1e-3)
-        return {"params": params, "opt": opt, "ema": ema}, metrics | {"grad_norm": optax.tree.norm(grads)}
-
-    return jax.jit(step, donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
