@@ -63,6 +63,20 @@ class VideoStream:
         self._asked = texts
         return self.position / LATENTS_PER_SECOND
 
+    def prepare_switch(self) -> None:
+        """Compiles what a change of prompt needs, now instead of at the first one; the video stays what it is.
+
+        For whoever streams to a viewer: call it before the start, or after the first block. Once compiled it takes as
+        long as a recache. It works on a copy of the state, so a second KV cache must fit beside the first.
+        """
+        window, embeds = self.decoder.window, sharding.shard_batch(self._embeds[0], self.pipe.mesh)
+        # As early as a switch can come, and when the video has outgrown the window.
+        places = (self.sampler.block_frames, window.slots + self.sampler.block_frames)
+        with sharding.using(self.pipe.mesh):
+            for how in {how_to_recache(self.sampler, window, place) for place in places}:
+                copy = jax.tree.map(jnp.copy, self._state)
+                jax.block_until_ready(programs.switch(self.decoder, self.pipe.params, copy, embeds, how))
+
     def __iter__(self) -> VideoStream:
         return self
 

@@ -95,6 +95,33 @@ def test_nothing_is_compiled_twice(tiny_checkpoint, early):
     assert compiled == []
 
 
+def test_a_prepared_switch_waits_for_no_compiler(tiny_checkpoint):
+    """Neither early nor in a full window; and what was prepared leaves no trace in the video."""
+    pipe, compiled = LongLivePipeline.from_pretrained(tiny_checkpoint), []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+
+    def video(prepared):
+        stream = pipe.stream(STAR, seconds=4, seed=3, context_noise=3.0)  # programs that no other test has
+        yield next(stream)
+        yield next(stream)
+        compiled.clear()
+        if prepared:
+            stream.prepare_switch()
+            assert compiled, "or this would test nothing"
+        compiled.clear()
+        for text, blocks in ((DISC, 5), (SQUARE, 1)):
+            stream.set_prompt(text)
+            for _ in range(blocks):
+                yield next(stream)
+
+    blocks = list(video(prepared=True))
+    assert compiled == []
+    for one, other in zip(blocks, video(prepared=False)):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_buffers_are_written_in_place_and_the_host_is_not_called(tiny_pipeline):
     """All that a block's programs hand on lies where they got it, and they run without the host."""
     stream = tiny_pipeline.stream(STAR, seconds=2.5)
