@@ -270,6 +270,7 @@ class _Loop:
             turns = self.stage.turns(phase, self.step - start)
             if (phase.name, turns) not in self.steps:
                 self.steps[phase.name, turns] = make_step(turns, self._teaching(phase), self.mesh)
+                self.logged = False
                 self.flops[phase.name, turns] = self._count(phase, self.step - start, batch)
             if run.split_every and self.step % run.split_every == 0:
                 self._time_parts(phase, self.step - start, batch)
@@ -293,9 +294,9 @@ class _Loop:
     def _fit(self, phase, start: int, seconds: float) -> None:
         """Makes the phase shorter if at so many seconds a step it would take longer than its `minutes`."""
         done, length = self.step - start, self._length(phase)
-        # What is logged first has compilation in it.
+        # What is logged first after a program was made has its compilation in it.
         first, self.logged = not self.logged, True
-        if phase.minutes is None or first or done > max(1, length // 10):
+        if phase.minutes is None or first or (done > max(1, length // 10) and self.quickest < float("inf")):
             return
         # The quickest so far: a pause, or a neighbour on the same cores, must not cost the phase its steps.
         self.quickest = seconds = min(seconds, self.quickest)
@@ -311,7 +312,6 @@ class _Loop:
             shorten(self.output, phase.name, steps)
         self.lengths[phase.name] = steps
         self.steps = {key: step for key, step in self.steps.items() if key[0] != phase.name}  # another schedule
-        self.logged = False
         self.reporter.say(
             f"phase {phase.name}: {steps} steps instead of {length}, for {phase.minutes:g} minutes at "
             f"{seconds:.3g} s a step"

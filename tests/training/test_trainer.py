@@ -209,16 +209,22 @@ def test_a_phase_with_enough_time_keeps_its_steps(tmp_path):
     assert run(tmp_path, config).steps[-1] == 30 and shortened(tmp_path) == {}
 
 
-def test_a_pause_does_not_shorten_a_phase(tmp_path, monkeypatch):
-    log, seconds = trainer._Loop._log, iter([5.0, 1e-3, 1e6])  # compilation, a step, a step with a pause in it
+@pytest.mark.parametrize(
+    ("seconds", "second_program"),
+    [([5.0, 1e-3, 1e6], None), ([5.0, 1e6, 1e-3], 1)],
+    ids=["a pause", "another program to compile"],
+)
+def test_what_is_no_step_does_not_shorten_a_phase(tmp_path, monkeypatch, seconds, second_program):
+    log, times = trainer._Loop._log, iter(seconds)  # the first is compilation
 
-    def paused(loop, phase):
+    def timed(loop, phase):
         log(loop, phase)
-        return next(seconds, 1e-3)
+        return next(times, 1e-3)
 
-    monkeypatch.setattr(trainer._Loop, "_log", paused)
+    monkeypatch.setattr(trainer._Loop, "_log", timed)
     config = dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 30, minutes=1),))
-    assert run(tmp_path, config).steps[-1] == 30 and shortened(tmp_path) == {}
+    poison = () if second_program is None else (second_program,)
+    assert run(tmp_path, config, poison=poison).steps[-1] == 30 and shortened(tmp_path) == {}
 
 
 def test_parts_of_a_step_are_timed_apart(whole, tmp_path):
