@@ -63,6 +63,8 @@ class DistillationConfig:
       chunk_frames: latent frames that teacher and critic judge at once, and that the first chunk of a video has.
       new_frames: latent frames of every later chunk; the rest of what is judged are the newest of the past.
       max_frames: a video ends when no further chunk fits. Equal to `chunk_frames` for training without streaming.
+      picture_context: latent frames decoded for the picture that a later chunk's window begins with, that one included;
+        None for all at hand, as the official code. The VAE's memory is short, and this is most of a small model's step.
       guidance: of the teacher, 1 for none (ordinary scale: the official `guidance_scale` plus 1).
       min_timestep, max_timestep: the scores' timesteps are clipped to these.
       remat: what is computed again in the backward pass: `none`, all but the inputs of each `layer`, or all but the
@@ -73,6 +75,7 @@ class DistillationConfig:
     chunk_frames: int = 21
     new_frames: int = 18
     max_frames: int = 240
+    picture_context: int | None = None
     guidance: float = 4.0
     min_timestep: float = 20.0
     max_timestep: float = 980.0
@@ -85,6 +88,8 @@ class DistillationConfig:
             raise UserError(f"new_frames is {self.new_frames}; 1 to chunk_frames ({self.chunk_frames}) are allowed")
         if self.max_frames < self.chunk_frames:
             raise UserError(f"max_frames is {self.max_frames}; the first chunk alone has {self.chunk_frames}")
+        if self.picture_context is not None and self.picture_context < 1:
+            raise UserError(f"picture_context is {self.picture_context}; 1 or more is needed, or nothing for all")
         if not 0 <= self.min_timestep <= self.max_timestep <= 1000:
             raise UserError(f"timesteps from {self.min_timestep} to {self.max_timestep} are not within 0 to 1000")
 

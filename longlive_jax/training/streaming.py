@@ -154,7 +154,8 @@ class Distillation:
         vae = nnx.merge(self.vae, jax.lax.stop_gradient(params["vae"]))
         past = state.recent[:, state.recent.shape[1] - chunk :]
         old = jnp.zeros(chunk - new.shape[1], bool)
-        return begin_as_video(vae, past, new, self.rollout.dtype), jnp.concatenate([old, counts])
+        window = begin_as_video(vae, past, new, self.rollout.dtype, self.config.picture_context)
+        return window, jnp.concatenate([old, counts])
 
 
 def joined(tape: Tape) -> Float[Array, "b t h w c"]:
@@ -163,7 +164,7 @@ def joined(tape: Tape) -> Float[Array, "b t h w c"]:
 
 
 def begin_as_video(
-    vae: VAE, past: Float[Array, "b r h w c"], new: Float[Array, "b t h w c"], dtype: str
+    vae: VAE, past: Float[Array, "b r h w c"], new: Float[Array, "b t h w c"], dtype: str, context: int | None = None
 ) -> Float[Array, "b r h w c"]:
     """The newest R of past and new frames, the first of them encoded again as the first frame of a video.
 
@@ -172,11 +173,13 @@ def begin_as_video(
       past: the newest R frames before.
       new: at most R; the gradient flows to these.
       dtype: of the VAE's activations.
+      context: how many frames up to that first one are decoded for its picture; None for all.
     """
     frames = jnp.concatenate([jax.lax.stop_gradient(past), new], axis=1)
     start = frames.shape[1] - past.shape[1] + 1
     before, rest = frames[:, :start], frames[:, start:]
-    picture = last_picture(vae, jax.lax.stop_gradient(before).astype(dtype))
+    seen = before if context is None else before[:, -context:]
+    picture = last_picture(vae, jax.lax.stop_gradient(seen).astype(dtype))
     first, _ = vae.encode(picture)
     return jnp.concatenate([jax.lax.stop_gradient(first).astype(rest.dtype), rest], axis=1)
 

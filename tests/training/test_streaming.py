@@ -131,6 +131,21 @@ def test_what_is_judged_begins_as_a_video(parts):
     np.testing.assert_array_equal(to_new, jnp.ones_like(new))
 
 
+@pytest.mark.parametrize("context", [1, 2, 4, None])
+def test_its_picture_is_made_from_as_many_frames_as_are_asked_for(parts, context):
+    graphs, params = parts
+    run = distillation(graphs, dataclasses.replace(CONFIG, picture_context=context))
+    state = run.rollout.init(params["generator"], 1, 2, 4)
+    recent = jax.random.normal(jax.random.key(0), state.recent.shape)
+    new = jax.random.normal(jax.random.key(1), (1, 3, 2, 4, 4))
+    tape = Tape(x=None, latents=None, clean=None, prompt=jnp.zeros(3, jnp.int32))
+    window, _ = run.judged(params, state.replace(recent=recent), new, tape, False)
+    before = jnp.concatenate([recent[:, -4:], new], axis=1)[:, :4]
+    vae = nnx.merge(graphs["vae"], params["vae"])
+    pixels, _ = vae.decode(before[:, -(context or 4) :])
+    np.testing.assert_allclose(window[:, :1], vae.encode(pixels[:, -1:])[0], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "sampler", "message"),
     [
@@ -140,6 +155,7 @@ def test_what_is_judged_begins_as_a_video(parts):
         (dict(max_frames=20), {}, "the first chunk alone has 21"),
         (dict(remat="layers"), {}, "did you mean 'layer'"),
         (dict(min_timestep=990.0), {}, "not within 0 to 1000"),
+        (dict(picture_context=0), {}, "picture_context is 0; 1 or more"),
         ({}, dict(window=-1), "training needs a window"),
         ({}, dict(solver="euler"), "needs 'renoise'"),
         (dict(quirks=Quirks(sink="zero")), dict(window=24), "windows within a chunk"),
