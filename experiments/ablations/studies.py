@@ -82,7 +82,7 @@ STUDIES = {
             ),
             reference="sink 3, window 12",
             seconds=30.0,
-            points=(5.0, 10.0, 20.0, 30.0),
+            points=(30.0,),
         ),
         Study(
             "steps",
