@@ -227,7 +227,7 @@ def synthetic(right: dict[str, list[bool]]) -> list[dict]:
                 t: {
                     "read": {"colour": None if i == 0 else "red"},
                     "right": {name: ok if name == "colour" else True for name in ATTRIBUTES},
-                    "background_error": float(i), "sprite_error": None if i == 0 else 5.0 + (arm == "euler 1"),
+                    "background_error": float(i), "sprite_error": None if i == 0 else 5.0 + (arm == "renoise 1"),
                 } for t in ("5",)
             },
         }
@@ -236,20 +236,20 @@ def synthetic(right: dict[str, list[bool]]) -> list[dict]:
 
 
 def test_figures_are_those_of_the_clips_that_all_arms_have(tmp_path):
-    rights = {"euler 16": [True] * 8 + [False] * 2, "euler 1": [True] * 4 + [False] * 6, "euler 4": [True] * 30}
+    rights = {"renoise 4": [True] * 8 + [False] * 2, "renoise 1": [True] * 4 + [False] * 6, "renoise 2": [True] * 30}
     path = tmp_path / "steps.jsonl"
     path.write_text("\n".join(json.dumps(r) for r in [{"study": "steps"}, *synthetic(rights)]) + "\n")
     study, arms = report.read_study(path)
     summary = report.summarise(study, arms)
-    assert summary["clips"] == 10 and list(summary["arms"]) == ["euler 16", "euler 4", "euler 1"]
+    assert summary["clips"] == 10 and list(summary["arms"]) == ["renoise 4", "renoise 2", "renoise 1"]
     colour = {arm: figures["colour"] for arm, figures in summary["arms"].items()}
-    assert {arm: one["value"] for arm, one in colour.items()} == {"euler 16": 0.8, "euler 4": 1.0, "euler 1": 0.4}
-    assert colour["euler 16"]["interval"] == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert "difference" not in colour["euler 16"] and colour["euler 1"]["difference"][0] == pytest.approx(-0.4)
-    sprite = summary["arms"]["euler 1"]["sprite error"]
+    assert {arm: one["value"] for arm, one in colour.items()} == {"renoise 4": 0.8, "renoise 2": 1.0, "renoise 1": 0.4}
+    assert colour["renoise 4"]["interval"] == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert "difference" not in colour["renoise 4"] and colour["renoise 1"]["difference"][0] == pytest.approx(-0.4)
+    sprite = summary["arms"]["renoise 1"]["sprite error"]
     assert sprite["clips"] == 9 and sprite["value"] == 6 and sprite["difference"] == pytest.approx((1, 1, 1))
     rows = report.table(summary).splitlines()
-    assert len(rows) == 5 and rows[2].startswith("| euler 16 | 100 (72 to 100) | 80 (49 to 94) |")
+    assert len(rows) == 5 and rows[2].startswith("| renoise 4 | 100 (72 to 100) | 80 (49 to 94) |")
     assert "<br>**-40.0 (" in rows[4] and "<br>+0.0 (" in rows[4], "bold only where the interval is not on 0"
 
 
@@ -258,7 +258,7 @@ def test_a_damaged_or_empty_study_is_refused_in_a_line(tmp_path):
     path.write_text("")
     with pytest.raises(UserError, match="steps.jsonl"):
         report.read_study(path)
-    records_ = [{"study": "steps"}, {"arm": "euler 16", "clip": 0}, {"arm": "euler 8", "clip": 1}]
+    records_ = [{"study": "steps"}, {"arm": "renoise 4", "clip": 0}, {"arm": "renoise 2", "clip": 1}]
     path.write_text("\n".join(json.dumps(r) for r in records_) + "\n")
     with pytest.raises(UserError, match="no clip that all of its arms have"):
         report.read_study(path)
