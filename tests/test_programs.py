@@ -69,15 +69,24 @@ def test_a_prompt_set_ahead_waits_for_the_next_block_to_begin(tiny_pipeline):
     assert stream.applied == [(1.5, (DISC,))]
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_nothing_is_compiled_twice(tiny_checkpoint, early):
-    """After the first blocks and the first switch of a full window, other blocks, prompts and videos are ready."""
-    pipe = LongLivePipeline.from_pretrained(tiny_checkpoint, program=ProgramConfig(early_frames=early))
-    compiled = []
+@pytest.fixture
+def compiled():
+    """A list that grows with every compilation."""
+    events = []
 
     def listen(event, seconds, **_):
         if "backend_compile" in event:
-            compiled.append(event)
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_nothing_is_compiled_twice(tiny_checkpoint, compiled, early):
+    """After the first blocks and the first switch of a full window, other blocks, prompts and videos are ready."""
+    pipe = LongLivePipeline.from_pretrained(tiny_checkpoint, program=ProgramConfig(early_frames=early))
 
     def video(prompts):
         stream = pipe.stream(STAR)
@@ -87,7 +96,6 @@ def test_nothing_is_compiled_twice(tiny_checkpoint, early):
             stream.set_prompt(text)
         next(stream)
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
     video([DISC])
     assert compiled, "or this would test nothing"
     compiled.clear()
@@ -95,12 +103,9 @@ def test_nothing_is_compiled_twice(tiny_checkpoint, early):
     assert compiled == []
 
 
-def test_a_prepared_switch_waits_for_no_compiler(tiny_checkpoint):
+def test_a_prepared_switch_waits_for_no_compiler(tiny_checkpoint, compiled):
     """Neither early nor in a full window; and what was prepared leaves no trace in the video."""
-    pipe, compiled = LongLivePipeline.from_pretrained(tiny_checkpoint), []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
-    )
+    pipe = LongLivePipeline.from_pretrained(tiny_checkpoint)
 
     def video(prepared):
         stream = pipe.stream(STAR, seconds=4, seed=3, context_noise=3.0)  # programs that no other test has

@@ -18,7 +18,7 @@ from flax import nnx
 
 from longlive_jax.data.sprite_prompts import canonical
 from longlive_jax.data.sprite_source import clip_combination, make_clip
-from longlive_jax.data.sprites import ATTRIBUTES, all_combinations
+from longlive_jax.data.sprites import ATTRIBUTES
 from longlive_jax.pipeline import LongLivePipeline
 from longlive_jax.schedule import add_noise
 from longlive_jax.training.vae import encoded
@@ -29,7 +29,7 @@ SEED, PART = 4321, 16
 
 def wrong(combination, attribute: str, rng: np.random.Generator):
     """The same with another value of an attribute."""
-    others = {getattr(c, attribute) for c in all_combinations()} - {getattr(combination, attribute)}
+    others = {*ATTRIBUTES[attribute]} - {getattr(combination, attribute)}
     return dataclasses.replace(combination, **{attribute: str(rng.choice(sorted(others)))})
 
 

@@ -198,7 +198,7 @@ class _Loop:
         self.parts: dict[Any, Callable] = {}
         self.clock = {"data": 0.0, "save": 0.0, "validate": 0.0, "split": 0.0}
         self.split: dict[str, float] = {}
-        self.logged = False
+        self.compiles = False  # whether a program was made since the last figures
         self.quickest = float("inf")
         self.pending: list[dict[str, jax.Array]] = []
         self.marked = self.started = time.monotonic()
@@ -264,13 +264,13 @@ class _Loop:
         if self.step == start or self.iterator is None:
             self.iterator = self.stage.data(phase, self.step - start, self.mine)
         run = self.config.run
-        self.marked, self.logged, self.quickest = time.monotonic(), False, float("inf")
+        self.marked, self.quickest = time.monotonic(), float("inf")
         while self.step < start + self._length(phase):
             batch = self._batch()
             turns = self.stage.turns(phase, self.step - start)
             if (phase.name, turns) not in self.steps:
                 self.steps[phase.name, turns] = make_step(turns, self._teaching(phase), self.mesh)
-                self.logged = False
+                self.compiles = True
                 self.flops[phase.name, turns] = self._count(phase, self.step - start, batch)
             if run.split_every and self.step % run.split_every == 0:
                 self._time_parts(phase, self.step - start, batch)
@@ -294,9 +294,8 @@ class _Loop:
     def _fit(self, phase, start: int, seconds: float) -> None:
         """Makes the phase shorter if at so many seconds a step it would take longer than its `minutes`."""
         done, length = self.step - start, self._length(phase)
-        # What is logged first after a program was made has its compilation in it.
-        first, self.logged = not self.logged, True
-        if phase.minutes is None or first or (done > max(1, length // 10) and self.quickest < float("inf")):
+        compiled, self.compiles = self.compiles, False
+        if phase.minutes is None or compiled or (done > max(1, length // 10) and self.quickest < float("inf")):
             return
         # The quickest so far: a pause, or a neighbour on the same cores, must not cost the phase its steps.
         self.quickest = seconds = min(seconds, self.quickest)
