@@ -48,8 +48,9 @@ class StageRun:
         # Imported here: `--help` and bad input must not wait for jax.
         try:
             from longlive_jax.checkpoint import load_provenance
+            from longlive_jax.training.footprint import described_memory
             from longlive_jax.training.stages import stage_of
-            from longlive_jax.training.trainer import described_memory, train
+            from longlive_jax.training.trainer import train
         except ModuleNotFoundError as error:
             raise UserError(f"training needs {error.name}: pip install 'longlive-jax[train]'") from None
         if self.check:

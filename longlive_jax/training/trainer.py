@@ -27,11 +27,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from longlive_jax import memory, sharding
+from longlive_jax import sharding
 from longlive_jax.config import to_dict
 from longlive_jax.errors import UserError
 from longlive_jax.training.checkpointing import Checkpoints
 from longlive_jax.training.flops import count_flops, peak_flops
+from longlive_jax.training.footprint import check_memory
 from longlive_jax.training.learner import Learner, TrainState
 from longlive_jax.training.metrics import Metrics
 from longlive_jax.training.optimizer import make_optimizer
@@ -56,60 +57,6 @@ class Interrupted(KeyboardInterrupt):
 
 class TimeOver(Exception):
     """`run.minutes` have passed; a checkpoint was written."""
-
-
-# MARK: does it fit
-
-
-def required_memory(stage: Stage) -> dict[str, int]:
-    """Bytes on all devices of the mesh together, by what needs them; the most hungry phase counts."""
-    learners, frozen = stage.shapes()
-    run, optimizer = stage.config.run, stage.config.optimizer
-    count = lambda tree: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
-    weights = 4 * count(learners)
-    averaged = 4 * count({name: params for name, params in learners.items() if stage.averages(name)})
-    phases = [stage.activations(phase) for phase in stage.config.phases]
-    largest = max(phases, key=lambda parts: sum(parts.values()))
-    return {
-        "weights": weights * run.data,
-        "optimiser": weights * run.data * (2 if optimizer.b1 else 1),
-        "averaged weights": averaged * run.data if optimizer.ema else 0,
-        # A stream's gradient is whole on its device before it is summed; with several times, the sum is beside it.
-        "gradients": weights * run.devices * (1 if run.streams == run.devices else 2),
-        "frozen networks": jnp.dtype(run.dtype).itemsize * count(frozen) * run.data,
-        **{name: size * run.devices for name, size in largest.items()},
-    }
-
-
-def check_memory(stage: Stage, mesh: Mesh | None) -> None:
-    """Refuses a run that cannot fit, before anything is allocated or compiled."""
-    _compare_memory(required_memory(stage), memory.available(mesh))
-
-
-def _compare_memory(parts: dict[str, int], free: int | None) -> None:
-    if free is not None and sum(parts.values()) > free:
-        raise UserError(
-            f"training needs about {memory.describe(parts)}, but only {memory.readable(free)} are free; use more "
-            "run.streams (smaller parts of a batch), remat, run.dtype bfloat16, or more devices (run.fsdp)"
-        )
-
-
-def described_memory(stage: Stage) -> str:
-    """What each device of the run's mesh needs, whatever devices are here.
-
-    Raises:
-      UserError: that is more than `run.device_gib`.
-    """
-    run = stage.config.run
-    parts = {name: size // run.devices for name, size in required_memory(stage).items()}
-    _compare_memory(parts, None if run.device_gib is None else int(run.device_gib * 2**30))
-    return (
-        f"stage {stage.name}, {run.streams} streams on data {run.data} x fsdp {run.fsdp}: about "
-        f"{memory.describe(parts)} on each of {run.devices} devices"
-    )
-
-
-# MARK: the run
 
 
 def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = False) -> Path | None:

@@ -22,10 +22,11 @@ from longlive_jax import memory
 from longlive_jax.errors import UserError
 from longlive_jax.training import data, trainer
 from longlive_jax.training.checkpointing import Checkpoints
+from longlive_jax.training.footprint import required_memory
 from longlive_jax.training.metrics import Metrics
 from longlive_jax.training.optimizer import make_optimizer
 from longlive_jax.training.runs import shortened, stored_config
-from longlive_jax.training.trainer import Interrupted, required_memory, train
+from longlive_jax.training.trainer import Interrupted, train
 
 
 def run(folder: Path, config=None, *, resume=False, reporter=None, **options):
