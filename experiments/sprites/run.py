@@ -1,4 +1,4 @@
-"""All stages of the sprites model in one command: VAE, teacher, student, distillation, streaming, evaluation, package.
+"""All stages of the sprites model in one command: VAE, student, teacher, distillation, streaming, evaluation, package.
 
     python experiments/sprites/run.py --output runs/gpu                          # one GPU, under 25 minutes
     python experiments/sprites/run.py --output runs/rehearsal --rehearse         # the same at tiny sizes, on a CPU
@@ -40,8 +40,8 @@ LIMIT = 16 * 2**20
 RECIPES = {
     "gpu": {
         "vae": {},
-        "teacher": {"vae": "vae/checkpoint"},
-        "ar": {"vae": "vae/checkpoint", "init": "teacher/checkpoint"},
+        "ar": {"vae": "vae/checkpoint"},
+        "teacher": {"vae": "vae/checkpoint", "init": "ar/checkpoint"},
         "init": {"vae": "vae/checkpoint", "init": "ar/checkpoint", "teacher": "teacher/checkpoint"},
         "long": {
             "vae": "vae/checkpoint", "init": "init/checkpoint", "teacher": "teacher/checkpoint", "critic": "init/critic"

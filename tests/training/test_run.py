@@ -90,7 +90,7 @@ def test_settings(script, tmp_path):
     assert minutes == pytest.approx(script.BUDGET - script.OVERHEAD)
     assert len({configs[stage].transformer for stage in ("teacher", "ar", "init", "long")}) == 1
     assert configs["init"].sampler == configs["long"].sampler
-    assert configs["ar"].init == str(tmp_path / "teacher/checkpoint")
+    assert configs["teacher"].init == str(tmp_path / "ar/checkpoint") and not configs["teacher"].train_text_encoder
     middle = (script.BUDGET + script.OVERHEAD) / 2
     half = make(script, tmp_path, budget=middle).config("vae").phases
     assert [p.minutes for p in half] == [pytest.approx(p.minutes / 2) for p in configs["vae"].phases]
