@@ -2,7 +2,7 @@
 
     python experiments/sprites/run.py --output runs/gpu                          # one GPU, under 25 minutes
     python experiments/sprites/run.py --output runs/rehearsal --rehearse         # the same at tiny sizes, on a CPU
-    python experiments/sprites/run.py --output runs/cpu --recipe cpu             # the smaller model that ships: hours
+    python experiments/sprites/run.py --output runs/cpu --recipe cpu             # a model of the size that ships: hours
 
 Call it again to go on: a stage whose checkpoint is there is left out, one that was cut off goes on from its own state.
 `--stop-after SECONDS` ends a call in time, saved (exit status 3: there is more to do); leave a minute for a program
@@ -37,28 +37,21 @@ MARGIN = 25.0
 LIMIT = 16 * 2**20
 """Bytes of a packed file."""
 
-RECIPES = {
-    "gpu": {
+
+def _stages(pixels: str) -> dict[str, dict[str, str]]:
+    """The table of a recipe whose distillation takes the VAE of stage `pixels`: "vae", or "decoder" after it."""
+    common = {"vae": f"{pixels}/checkpoint", "teacher": "teacher/checkpoint"}
+    return {
         "vae": {},
+        **({"decoder": {"init": "vae/checkpoint"}} if pixels == "decoder" else {}),
         "ar": {"vae": "vae/checkpoint"},
         "teacher": {"vae": "vae/checkpoint", "init": "ar/checkpoint"},
-        "init": {"vae": "vae/checkpoint", "init": "ar/checkpoint", "teacher": "teacher/checkpoint"},
-        "long": {
-            "vae": "vae/checkpoint", "init": "init/checkpoint", "teacher": "teacher/checkpoint", "critic": "init/critic"
-        },
-    },
-    "cpu": {
-        "vae": {},
-        "decoder": {"init": "vae/checkpoint"},
-        "ar": {"vae": "vae/checkpoint"},
-        "teacher": {"vae": "vae/checkpoint", "init": "ar/checkpoint"},
-        "init": {"vae": "decoder/checkpoint", "init": "ar/checkpoint", "teacher": "teacher/checkpoint"},
-        "long": {
-            "vae": "decoder/checkpoint", "init": "init/checkpoint", "teacher": "teacher/checkpoint",
-            "critic": "init/critic",
-        },
-    },
-}  # fmt: skip
+        "init": {**common, "init": "ar/checkpoint"},
+        "long": {**common, "init": "init/checkpoint", "critic": "init/critic"},
+    }
+
+
+RECIPES = {"gpu": _stages("vae"), "cpu": _stages("decoder")}
 """The stages of a recipe in order, and what each begins with."""
 
 KIND = {"decoder": "vae"}
