@@ -156,7 +156,7 @@ class WanTransformer(nnx.Module):
       cfg: sizes.
       stacked: one block with a leading layer axis on its parameters (scanned), or a list of blocks (unrolled).
       split_kv: of the self-attention of a block to the cache, see `attention`.
-      unroll: whether `bidirectional` writes out its scan over stacked blocks, see `run_layers`.
+      unroll: whether `bidirectional` and `causal_reading` write out their scan over stacked blocks, see `run_layers`.
     """
 
     def __init__(
@@ -321,7 +321,7 @@ class WanTransformer(nnx.Module):
 
         tokens, e, e6 = self._embed(x, timesteps)
         xs = (text_kv, cache.k, cache.v) if self.stacked else list(zip(text_kv, cache.k, cache.v))
-        tokens, own = run_layers(self.blocks, layer, tokens, xs, remat=remat)
+        tokens, own = run_layers(self.blocks, layer, tokens, xs, remat=remat, unroll=self.unroll)
         return self._unpatchify(self.head(tokens, e), x), own if self.stacked else tuple(zip(*own))
 
     def _cached_attention(self, x, count, window: Window, position, new) -> Callable:

@@ -10,7 +10,8 @@ from longlive_jax.errors import UserError
 from longlive_jax.training.config_files import differences, read_config
 from longlive_jax.training.phases import LatentPhase, VAEPhase
 from longlive_jax.training.run_config import OptimizerConfig, RunConfig
-from longlive_jax.training.stage_config import STAGES, StudentTrainConfig, VAETrainConfig
+from longlive_jax.training.stage_config import STAGES, InitTrainConfig, StudentTrainConfig, VAETrainConfig
+from longlive_jax.training.stages.distillation import InitStage
 from longlive_jax.training.stages.student import StudentStage
 
 FOLDERS = ("sprites/cpu", "sprites/gpu", "wan")
@@ -139,6 +140,20 @@ def test_settings_of_the_official_training():
 def test_differences_leave_out_what_changes_no_number():
     old = {"run": {"seed": 0, "keep": 2}, "a": {"b": 1}}
     assert differences(old, {"run": {"seed": 1, "keep": 3}, "a": {"b": 1}}) == ["run.seed: 0, now 1"]
+
+
+def test_unroll_is_that_of_student_critic_and_teacher(tmp_path):
+    made = []
+    for unroll in (False, True):
+        stage = InitStage(dataclasses.replace(InitTrainConfig(), run=RunConfig(unroll=unroll)), tmp_path, print)
+        (learners, frozen), parts = stage.shapes(), stage._distillation(plain=False)
+        networks = (
+            (parts.rollout, learners["generator"]["transformer"]),
+            (parts.critic, learners["critic"]["transformer"]),
+            (parts.teacher, frozen["teacher"]),
+        )
+        made.append([nnx.merge(part.transformer, params).unroll for part, params in networks])
+    assert made == [[False] * 3, [True] * 3]
 
 
 def test_unroll_is_the_transformers(tmp_path):

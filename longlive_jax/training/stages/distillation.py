@@ -180,7 +180,7 @@ class DistillStage(ModelStage):
 
     @functools.cache  # noqa: B019 - a stage lives as long as its run
     def _structure(self, cfg, *, adapted: bool) -> nnx.GraphDef:
-        make = lambda: WanTransformer(cfg, rngs=nnx.Rngs(0))
+        make = lambda: WanTransformer(cfg, unroll=self.config.run.unroll, rngs=nnx.Rngs(0))
         return structure(lambda: self._adapt(make(), 0) if adapted else make())
 
     def _adapt(self, model: WanTransformer, seed: int) -> WanTransformer:
