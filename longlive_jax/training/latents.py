@@ -23,6 +23,9 @@ from longlive_jax.models.vae import VAE
 from longlive_jax.training.data import in_parallel
 from longlive_jax.training.vae import encoded
 
+SHARD = 64
+"""Clips a file."""
+
 
 def scheduled_clip(
     seed: int, index: int, latent_frames: int, block: int, *, draw: bool = True
@@ -53,33 +56,42 @@ def encode_clips(
     latent_frames: int,
     block: int,
     seed: int = 0,
-    shard: int = 64,
     batch: int = 8,
     workers: int = 0,
 ) -> None:
-    """Writes latents to `folder` in shards of `shard` clips (float16 npz), those already there kept.
+    """Writes latents to `folder` in shards of `SHARD` clips (float16 npz), those already there kept.
 
     Args:
       vae: encodes.
       folder: gets the shards.
-      clips: how many, rounded up to whole shards.
+      clips: how many; the last shard may have fewer than the others.
       latent_frames, block, seed: of the clips, see `scheduled_clip`.
-      shard, batch: clips a file, and encoded at once.
+      batch: clips encoded at once.
       workers: processes that draw; 0 for none but this one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [start for start in range(0, clips, shard) if not (folder / f"{start:06d}.npz").exists()]
+    missing = _missing(folder, clips)
     draw = functools.partial(_frames, seed, latent_frames, block)
-    drawn = in_parallel(draw, [start + i for start in missing for i in range(shard)], workers)
-    for start in missing:
+    drawn = in_parallel(draw, [start + i for start, size in missing for i in range(size)], workers)
+    for start, clips_here in missing:
         path, latents = folder / f"{start:06d}.npz", []
-        for size in [batch] * (shard // batch) + [shard % batch] * (shard % batch > 0):
+        for size in [batch] * (clips_here // batch) + [clips_here % batch] * (clips_here % batch > 0):
             video = np.stack(list(itertools.islice(drawn, size)))
             latents.append(np.asarray(encoded(vae, video)))
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, latents=np.concatenate(latents).astype(np.float16))
         temporary.rename(path)
+
+
+def _missing(folder: Path, clips: int) -> list[tuple[int, int]]:
+    """(first clip, how many) of the shards that are not there, or have fewer clips than are asked for."""
+    asked = [(start, min(SHARD, clips - start)) for start in range(0, clips, SHARD)]
+    return [(start, size) for start, size in asked if _length(folder / f"{start:06d}.npz") < size]
+
+
+def _length(path: Path) -> int:
+    return len(np.load(path)["latents"]) if path.exists() else 0
 
 
 def _frames(seed: int, latent_frames: int, block: int, index: int) -> np.ndarray:
@@ -112,20 +124,18 @@ def cached_latents(
             if found.get(name) != made_from[name]
         )
         raise UserError(f"latents in {folder} are of others ({wrong}); delete the folder or give another")
-    shard = min(64, clips)
-    starts = range(0, clips, shard)
     if jax.process_index() == 0:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(made_from) + "\n")
-    if jax.process_index() == 0 and any(not (Path(folder) / f"{start:06d}.npz").exists() for start in starts):
+    if jax.process_index() == 0 and _missing(Path(folder), clips):
         say(f"encoding {clips} clips of {latent_frames} latent frames into {folder}")
         encode_clips(
-            vae, folder, clips=clips, latent_frames=latent_frames, block=block, seed=seed, shard=shard,
+            vae, folder, clips=clips, latent_frames=latent_frames, block=block, seed=seed,
             batch=8 if jax.default_backend() == "cpu" else 32, workers=workers,
         )  # fmt: skip
     if jax.process_count() > 1:  # the first process encodes for all
         multihost_utils.sync_global_devices(f"latents in {folder}")
-    parts = [np.load(Path(folder) / f"{start:06d}.npz")["latents"] for start in starts]
-    latents = np.concatenate(parts)[:clips]
+    parts = [np.load(Path(folder) / f"{start:06d}.npz")["latents"] for start in range(0, clips, SHARD)]
+    latents = np.concatenate(parts)[:clips]  # a folder may have more
     plans = [scheduled_clip(seed, i, latent_frames, block, draw=False)[1:] for i in range(clips)]
     return latents, plans

@@ -78,17 +78,31 @@ def test_prompt_dropout():
     assert 80 < empty < 160
 
 
-def test_cached_latents_of_others_are_refused(tmp_path, monkeypatch):
-    def encode(vae, folder, *, clips, shard, **_):
-        for start in range(0, clips, shard):
-            np.savez(folder / f"{start:06d}.npz", latents=np.zeros((shard, 3, 1, 1, 1), np.float16))
-
-    monkeypatch.setattr(latents_module, "encode_clips", encode)
+def latents_of(folder, clips, **changes):
     vae = nnx.eval_shape(lambda: VAE(VAEConfig.sprites(), rngs=nnx.Rngs(0)))
-    settings = dict(clips=4, latent_frames=3, block=3, seed=7, say=lambda line: None)
-    latents, plans = cached_latents(vae, tmp_path, vae_hash="a", **settings)
+    settings = dict(latent_frames=3, block=3, seed=7, vae_hash="a", say=lambda line: None) | changes
+    return cached_latents(vae, folder, clips=clips, **settings)
+
+
+@pytest.fixture
+def pictures_as_latents(monkeypatch):
+    """The first frames themselves, at a fourth of their size."""
+    monkeypatch.setattr(latents_module, "encoded", lambda vae, video: video[:, :3, ::4, ::4] / 255)
+
+
+def test_more_clips_than_a_folder_has_are_those_of_a_new_folder(tmp_path, monkeypatch, pictures_as_latents):
+    monkeypatch.setattr(latents_module, "SHARD", 4)
+    latents_of(tmp_path / "grown", 2)
+    for clips in (7, 3):
+        (grown, plans), (new, same) = latents_of(tmp_path / "grown", clips), latents_of(tmp_path / str(clips), clips)
+        assert plans == same and len(plans) == clips
+        np.testing.assert_array_equal(grown, new)
+
+
+def test_cached_latents_of_others_are_refused(tmp_path, pictures_as_latents):
+    latents, plans = latents_of(tmp_path, 4)
     assert len(latents) == len(plans) == 4
     with pytest.raises(
         UserError, match="latents in .* are of others .vae a, now b.; delete the folder or give another"
     ):
-        cached_latents(vae, tmp_path, vae_hash="b", **settings)
+        latents_of(tmp_path, 4, vae_hash="b")
