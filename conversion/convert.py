@@ -120,6 +120,9 @@ def convert_wan(
     checkpoint.refuse_existing(Path(output), overwrite)
     source = open_wan(folder, generator, generator_key, loras, lora_alpha)
     parts = {}
+    with collect(source.faults):
+        if missing := [part for part in quantize if part not in source.configs]:
+            raise UserError(f"there is no {missing[0].replace('_', ' ')} to quantise; leave that out")
     for part, cfg in source.configs.items():
         parts[part] = plan(source, part, cfg, OUTPUT_DTYPES[dtype])
         if part in quantize:

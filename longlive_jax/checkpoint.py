@@ -430,8 +430,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
             if folder.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
                 os.replace(folder, old)
-                os.replace(new, folder)
-                shutil.rmtree(old)
+                try:
+                    os.replace(new, folder)
+                except OSError:
+                    os.replace(old, folder)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
             else:
                 os.replace(new, folder)
         except BaseException:

@@ -265,12 +265,15 @@ class ProgramConfig:
       early_frames: a stream hands a block's frames out before the block's clean pass. None: on an accelerator.
       split_kv: parts in which a block's self-attention goes through the keys; see `models.attention`.
       vae_conv: how the VAE's causal convolutions are computed, "2d" or "3d"; see `models.vae`. None: "3d" on a GPU.
+      keep_text_encoder: its weights stay on the device from the start, instead of being moved there for every new
+        prompt. None: on an accelerator, if they take no more than half of what the other networks leave free.
     """
 
     unroll_layers: bool | None = None
     early_frames: bool | None = None
     split_kv: int = 1
     vae_conv: str | None = None
+    keep_text_encoder: bool | None = None
 
     def __post_init__(self):
         if self.vae_conv is not None:

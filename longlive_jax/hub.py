@@ -1,7 +1,8 @@
 """Where weights are: in the package, on the disk, or on the Hugging Face hub.
 
-Downloads honour HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. What is in the cache is taken from there without a look at the
-network.
+Downloads honour HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Of files to convert, what is in the cache is taken from there
+without a look at the network. For a checkpoint of ours the hub is asked whether there is a newer one; the cache is
+taken where it does not answer.
 """
 
 from __future__ import annotations

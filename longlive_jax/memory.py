@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from longlive_jax import checkpoint
+from longlive_jax import checkpoint, sharding
 from longlive_jax.cache import Window
 from longlive_jax.config import SPATIAL_FACTOR, TEMPORAL_FACTOR, ModelConfig, SamplerConfig
 from longlive_jax.errors import UserError
@@ -19,8 +19,13 @@ from longlive_jax.models.quantization import INT8, SCALE
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
-def weights(config: ModelConfig, dtype, quantization: dict[str, str] | None = None) -> dict[str, int]:
-    """Bytes of the parameters, by network; those of the parts in `quantization` in int8 where they can be."""
+def weights(
+    config: ModelConfig, dtype, quantization: dict[str, str] | None = None, mesh: Mesh | None = None
+) -> dict[str, int]:
+    """Bytes of the parameters, by network; those of the parts in `quantization` in int8 where they can be.
+
+    On a mesh all copies count: of what is not cut up every device has one. The text encoder is on one device.
+    """
     parts = {"transformer": "transformer", "vae": "VAE"}
     parts |= {"text_encoder": "text encoder"} if config.text_encoder is not None else {}
     found = {}
@@ -28,8 +33,15 @@ def weights(config: ModelConfig, dtype, quantization: dict[str, str] | None = No
         params = checkpoint.abstract_params(part, getattr(config, part), (quantization or {}).get(part))
         leaves = jax.tree_util.tree_leaves_with_path(params)
         size = lambda path, leaf: leaf.dtype.itemsize if path[-1].key in (INT8, SCALE) else jnp.dtype(dtype).itemsize
-        found[name] = sum(math.prod(leaf.shape) * size(path, leaf) for path, leaf in leaves)
+        copies = lambda path, leaf: 1 if mesh is None or part == "text_encoder" else _copies(path, leaf, mesh)  # noqa: B023
+        found[name] = sum(math.prod(leaf.shape) * size(path, leaf) * copies(path, leaf) for path, leaf in leaves)
     return found
+
+
+def _copies(path, leaf, mesh: Mesh) -> int:
+    """On how many devices the same part of a parameter lies."""
+    spec = sharding.param_spec("/".join(str(p.key) for p in path), leaf.shape, mesh)
+    return mesh.size // math.prod(mesh.shape[axis] for axis in spec if axis is not None)
 
 
 def estimate(
@@ -63,12 +75,13 @@ def estimate(
 
 
 def available(mesh: Mesh | None = None) -> int | None:
-    """Free bytes on the device, or on all devices of a mesh together; None where nobody says."""
+    """Free bytes on the device, or on all devices of a mesh together if each has what the fullest has; None where
+    nobody says."""
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     if devices[0].platform != "cpu":
         stats = [device.memory_stats() or {} for device in devices]
         if all("bytes_limit" in s for s in stats):
-            return sum(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
+            return len(stats) * min(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)
@@ -81,13 +94,18 @@ def check_weights(
     config: ModelConfig, dtype, mesh: Mesh | None = None, quantization: dict[str, str] | None = None
 ) -> None:
     """Refuses a checkpoint that does not fit the memory, before it is read."""
-    parts, free = weights(config, dtype, quantization), available(mesh)
+    parts, free = weights(config, dtype, quantization, mesh), available(mesh)
     if free is not None and sum(parts.values()) > free:
         ways = ["bfloat16"] * (jnp.dtype(dtype).itemsize > 2) + [f"quantize {INT8}"] * (not quantization)
         smaller = f"use {' or '.join(ways)}, or " if ways else ""
         raise UserError(
-            f"the weights need {describe(parts)}, but only {readable(free)} are free; {smaller}run where there is more"
+            f"the weights need {describe(parts)}{_where(mesh)}, but only {readable(free)} are free; {smaller}"
+            + ("run where there is more" if mesh is None else "give the mesh a larger fsdp")
         )
+
+
+def _where(mesh: Mesh | None) -> str:
+    return "" if mesh is None else f" with all copies on {mesh.size} devices"
 
 
 def check(
@@ -100,16 +118,23 @@ def check(
     *,
     switches: bool = False,
 ) -> None:
-    """Refuses videos that do not fit beside the weights, which are on the device already. Arguments as `estimate`'s.
+    """Refuses videos that do not fit beside the weights. Arguments as `estimate`'s.
+
+    The weights are on the device already, but for those of a text encoder that stays on the host.
 
     Raises:
       UserError: says how much is needed for what, and what to make smaller.
     """
     parts, free = estimate(config, sampler, batch, num_frames, dtype, switches=switches), available(mesh)
+    if mesh is not None:
+        videos, others = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"] * mesh.shape["tensor"]
+        # A batch that does not divide is whole on every device; the VAE is not cut within a video.
+        copies = 1 if batch % videos == 0 else videos
+        parts = {name: size * copies * (others if name.startswith("VAE") else 1) for name, size in parts.items()}
     if free is not None and sum(parts.values()) > free:
         smaller = "" if jnp.dtype(dtype).itemsize <= 2 else ", or use bfloat16"
         raise UserError(
-            f"{describe(parts)} are needed, but only {readable(free)} are free; make the picture "
+            f"{describe(parts)} are needed{_where(mesh)}, but only {readable(free)} are free; make the picture "
             f"({sampler.height} x {sampler.width}), the window ({Window.of(sampler, num_frames).slots} latent frames) "
             f"or the batch ({batch}) smaller{smaller}"
         )

@@ -42,13 +42,17 @@ from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
 from longlive_jax.prompts import LATENTS_PER_SECOND, MAX_SEED, Plan, Schedule
-from longlive_jax.sidecar import make_record, write_sidecar
+from longlive_jax.sidecar import make_record, sidecar_path, write_sidecar
 from longlive_jax.stream import VideoStream
 from longlive_jax.tokenizer import PromptTokenizer
-from longlive_jax.video import VideoWriter
+from longlive_jax.video import VideoWriter, require_free
 
 Prompts = str | Schedule | Sequence[Any]
 """A text; a timeline `[(0, text), (5, text)]`; a `Schedule`; or a list of texts or schedules, one video each."""
+
+
+REMEMBERED_PROMPTS = 64
+"""Prompts whose embeddings stay on the device (4 MiB each for Wan, in bfloat16)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +74,17 @@ class Video:
     record: dict[str, Any]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
-        """Writes an mp4 and its sidecar JSON for each video; several get "-0", "-1" before the suffix."""
+        """Writes an mp4 and its sidecar JSON for each video; several get "-0", "-1" before the suffix.
+
+        Raises:
+          UserError: one of the files exists and `overwrite` is false (none is written then), or cannot be written.
+        """
         path = Path(path)
         many = len(self.frames) > 1
         paths = [path.with_stem(f"{path.stem}-{i}") if many else path for i in range(len(self.frames))]
+        for target in paths:  # all of them, before the first is written
+            require_free(target, overwrite)
+            require_free(sidecar_path(target), overwrite)
         for i, target in enumerate(paths):
             with VideoWriter(target, overwrite=overwrite) as writer:
                 writer.write(self.frames[i])
@@ -126,13 +137,13 @@ class LongLivePipeline:
         self.checkpoint_info = checkpoint_info or {}
         self._note = note or (lambda line: print(line, file=sys.stderr))
         self._tokenizer = tokenizer
-        self._text_params = params.get("text_encoder")
         self.program = program = (program or ProgramConfig()).decided(jax.default_backend())
         stacked = not program.unroll_layers
         parts = {name: params[name] for name in ("transformer", "vae")}
         if not stacked:
             parts["transformer"] = checkpoint.unstack(parts["transformer"])
         self.params = sharding.shard_params(parts, mesh)
+        self._text_params = self._placed_text_encoder(params.get("text_encoder"))
         self.quantization = quantization or {}
         self.int8_matmul = _decide_matmul(int8_matmul, self.quantization)
         make = lambda: WanTransformer(config.transformer, stacked=stacked, split_kv=program.split_kv, rngs=nnx.Rngs(0))
@@ -272,7 +283,7 @@ class LongLivePipeline:
         return sampler, plans, seeds, endless
 
     def encode_prompts(self, texts: Sequence[str]) -> jax.Array:
-        """Prompt embeddings [B, L, D], each text encoded once and remembered.
+        """Prompt embeddings [B, L, D]; the newest `REMEMBERED_PROMPTS` are not encoded again.
 
         Raises:
           UserError: the checkpoint has no text encoder or tokeniser.
@@ -293,7 +304,19 @@ class LongLivePipeline:
             graph = structure((lambda: with_int8(make())) if "text_encoder" in self.quantization else make)
             embeds = _encode_text(graph, self._text_params, tokens.ids, tokens.mask, self.dtype)
             self._embeds.update(zip(new, embeds))
-        return jnp.stack([self._embeds[t] for t in texts])
+        found = jnp.stack([self._embeds[t] for t in texts])
+        for oldest in list(self._embeds)[:-REMEMBERED_PROMPTS]:
+            del self._embeds[oldest]
+        return found
+
+    def _placed_text_encoder(self, params: Any) -> Any:
+        """The text encoder's weights, on the device if they are to stay there."""
+        keep = self.program.keep_text_encoder
+        if keep is None and params is not None and jax.default_backend() != "cpu":
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+            free = memory.available()
+            keep = free is not None and 2 * size <= free
+        return jax.tree.map(jnp.asarray, params) if keep else params
 
     def decoder(self, sampler: SamplerConfig, num_frames: int) -> Decoder:
         """The pure decoder behind this pipeline, for those who jit it themselves; use with `params`."""
@@ -334,6 +357,8 @@ def _decide_rope(sampler: SamplerConfig, num_frames: int | None) -> SamplerConfi
     long = num_frames is None or num_frames > MAX_ABSOLUTE_FRAMES
     if sampler.rope == "auto":
         sampler = dataclasses.replace(sampler, rope="relative" if long else "absolute")
+    if sampler.window > MAX_ABSOLUTE_FRAMES:
+        raise UserError(f"window is {sampler.window}; {MAX_ABSOLUTE_FRAMES} latent frames have temporal positions")
     if long and (sampler.rope == "absolute" or sampler.window == -1):
         limit = MAX_ABSOLUTE_FRAMES / LATENTS_PER_SECOND
         what = "an open-ended video does" if num_frames is None else f"{num_frames} latent frames do"

@@ -5,7 +5,7 @@ Layout (JSON object, keys in this order):
     format      "longlive video"
     prompts     list of texts, first to last
     switches    {"asked_seconds": [..], "applied_seconds": [..]}, one fewer than prompts each
-    seconds     length asked for
+    seconds     length in whole blocks, with which the same video is made again
     seed        seed of the noise
     settings    every other setting, as the caller names them
     versions    see `versions`

@@ -29,7 +29,7 @@ class VideoStream:
       seeds: one a video.
       latents: of the newest block, float32 [B, f, h, w, C].
       position: latent frames made or begun so far.
-      applied: (seconds, prompts) of every prompt change so far, as it took effect.
+      applied: (seconds, prompts) of every prompt change so far, as it took effect; not those inside `scan`.
     """
 
     def __init__(self, pipe: LongLivePipeline, sampler: SamplerConfig, plans, seeds, endless: bool):

@@ -321,6 +321,22 @@ def test_nothing_stays_of_a_failed_write(copy, params, error):
     assert checkpoint.checkpoint_hash(copy) == before
 
 
+def test_the_old_one_comes_back_if_the_new_one_cannot_take_its_place(copy, params, monkeypatch):
+    rename, before = os.replace, checkpoint.checkpoint_hash(copy)
+
+    def once_refused(source, target):
+        if str(source).endswith(".tmp") and target == copy:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr("longlive_jax.checkpoint.os.replace", once_refused)
+    assert "No space left on device; nothing was written" in message(
+        checkpoint.save, copy, CONFIG, params, overwrite=True
+    )
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+    assert checkpoint.checkpoint_hash(copy) == before
+
+
 def test_a_place_that_cannot_be_written(params, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write" in message(checkpoint.save, tmp_path / "file" / "model", CONFIG, params)

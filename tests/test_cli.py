@@ -146,11 +146,12 @@ def test_a_video_a_line(generate, tmp_path, suffix):
 
 def test_settings_of_a_yaml_file(generate, tmp_path):
     (tmp_path / "run.yaml").write_text(
-        "num_output_frames: 6\nseed: 3\nswitch_frame_indices: 4\nglobal_sink: true\n"
+        "num_output_frames: 6\nseed: 3\nswitch_frame_indices: 4\nglobal_sink: true\nnum_samples: 2\n"
         "model_kwargs:\n  local_attn_size: 4\n  sink_size: 1\n"
     )
     args = ("--config", "run.yaml", "--sink-frames", 2, "--switch", "keep", "--output", "clip.mp4")
-    assert generate(STAR, DISC, *args)[0] == 0
+    code, said = generate(STAR, DISC, *args)
+    assert code == 0 and "run.yaml: num_samples has no say here: run again with another --seed" in said
     record = sidecar("clip.json")
     assert (record["seed"], record["seconds"], record["switches"]["asked_seconds"]) == (3, 1.5, [1.0])
     expected = {"window": 4, "sink": "keep", "sink_frames": 2, "switch": "keep", "block_frames": 2}
@@ -399,6 +400,26 @@ def test_what_an_interrupted_run_made_plays(process, tmp_path):
     assert os.listdir(tmp_path) == ["clip.mp4"], "no sidecar of half a video"
 
 
-def test_help_and_bad_input_do_not_wait_for_jax(tmp_path):
-    code = "import sys; from longlive_jax import cli; assert 'jax' not in sys.modules, 'jax was imported'"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [
+        (["--help"], 0),
+        (["generate", "--help"], 0),
+        (["generate"], 1),
+        (["generate", "a small red star", "--prompts", "none.txt"], 1),
+        (["convert", "--output", "x"], 1),
+        (["train", "ar", "--output", "run", "--no-such-option"], 2),
+    ],
+)
+def test_help_and_bad_input_do_not_wait_for_jax(args, status, tmp_path):
+    lines = (
+        "import sys",
+        "from longlive_jax import cli",
+        "try: cli.main(sys.argv[1:])",
+        "except SystemExit as end: code = end.code",
+        "assert 'jax' not in sys.modules, 'jax was imported'",
+        "sys.exit(code)",
+    )
+    code = "\n".join(lines)
+    ended = subprocess.run([sys.executable, "-c", code, *args], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == status and "jax was imported" not in ended.stderr, ended.stderr

@@ -10,6 +10,7 @@ from longlive_jax.config import ModelConfig, SamplerConfig, replace
 from longlive_jax.errors import UserError
 from longlive_jax.models.attention import LOGITS_LIMIT
 from longlive_jax.pipeline import LongLivePipeline
+from longlive_jax.sharding import AXES
 
 PROMPT = "a small red star stays still"
 
@@ -78,6 +79,33 @@ def test_what_grows_with_batch_length_dtype_and_switches():
     assert {name for name in one if switching[name] > one[name]} == {"transformer activations"}
     kept = memory.estimate(config, replace(sampler, switch="keep"), 1, 60, "float32", switches=True)
     assert kept == one, "only a recache computes the whole window"
+
+
+@pytest.mark.parametrize(
+    ("axes", "transformer", "vae"),
+    [((1, 1, 1, 1), 1, 1), ((4, 1, 1, 1), 4, 4), ((1, 4, 1, 1), 1, 4), ((2, 1, 2, 1), 4, 4), ((1, 1, 1, 4), 1, 4)],
+)
+def test_weights_on_a_mesh_are_counted_with_their_copies(axes, transformer, vae):
+    config = ModelConfig.t2v_1_3b()
+    one = memory.weights(config, "bfloat16")
+    all_copies = memory.weights(config, "bfloat16", None, jax.sharding.AbstractMesh(axes, AXES))
+    assert all_copies["VAE"] == vae * one["VAE"] and all_copies["text encoder"] == one["text encoder"]
+    # Norms, biases and modulations are whole everywhere; over `tensor` the embeddings too.
+    assert transformer * one["transformer"] <= all_copies["transformer"] < (transformer + 0.15) * one["transformer"]
+
+
+def test_videos_on_a_mesh(tiny_config, monkeypatch):
+    sampler, mesh = tiny_config.sampler, jax.sharding.AbstractMesh((2, 2, 1, 2), AXES)
+    needed = {}
+    for batch in (3, 4):
+        monkeypatch.setattr(memory, "available", lambda mesh: 0)
+        with pytest.raises(UserError, match="with all copies on 8 devices") as caught:
+            memory.check(tiny_config, sampler, batch, 8, "float32", mesh)
+        needed[batch] = str(caught.value)
+    parts = {batch: memory.estimate(tiny_config, sampler, batch, 8, "float32") for batch in needed}
+    twice = lambda name: 2 if name == "VAE activations" else 1
+    assert needed[4].startswith(memory.describe({k: v * twice(k) for k, v in parts[4].items()}))
+    assert needed[3].startswith(memory.describe({k: 4 * v * twice(k) for k, v in parts[3].items()})), "whole on each"
 
 
 def test_too_little_memory_for_a_video(tiny_pipeline, monkeypatch):

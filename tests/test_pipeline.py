@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from longlive_jax.cache import Window
-from longlive_jax.config import SamplerConfig, replace
+from longlive_jax.config import ProgramConfig, SamplerConfig, replace
 from longlive_jax.decoding.decoder import Decoder, to_uint8
 from longlive_jax.decoding.state import block_noise
 from longlive_jax.errors import UserError
@@ -241,6 +241,29 @@ def test_each_text_is_encoded_once(tiny_checkpoint, monkeypatch):
     np.testing.assert_array_equal(pipe.encode_prompts([DISC, STAR]), first[1:][::-1])
 
 
+def test_old_prompts_are_forgotten(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("longlive_jax.pipeline.REMEMBERED_PROMPTS", 2)
+    pipe = QuickPipeline.from_pretrained(tiny_checkpoint)
+    assert len(pipe.encode_prompts([STAR, DISC, "a third", STAR])) == 4 and list(pipe._embeds) == [DISC, "a third"]
+
+
+def test_the_text_encoder_stays_on_the_device_or_comes_for_each_prompt(tiny_checkpoint, monkeypatch):
+    load = lambda keep=None: QuickPipeline.from_pretrained(
+        tiny_checkpoint, program=ProgramConfig(keep_text_encoder=keep)
+    )
+    on_device = lambda pipe: {isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(pipe._text_params)} == {True}
+    pipes = [load(True), load(False)]
+    assert [on_device(pipe) for pipe in pipes] == [True, False] and not on_device(load())
+    np.testing.assert_array_equal(*(pipe.encode_prompts([STAR]) for pipe in pipes))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(pipes[0]._text_params))
+    monkeypatch.setattr("longlive_jax.pipeline.jax.default_backend", lambda: "tpu")
+    for free, kept in ((2 * size, True), (2 * size - 1, False), (None, False)):
+        monkeypatch.setattr("longlive_jax.memory.available", lambda mesh=None: free)
+        pipes[1].program = ProgramConfig()
+        pipes[1]._text_params = pipes[1]._placed_text_encoder(jax.tree.map(np.asarray, pipes[0]._text_params))
+        assert on_device(pipes[1]) == kept
+
+
 @pytest.mark.parametrize("missing", ["text encoder", "tokeniser"])
 def test_a_checkpoint_that_cannot_read_prompts(tiny_pipeline, missing):
     params = {**tiny_pipeline.params, "text_encoder": tiny_pipeline._text_params}
@@ -354,6 +377,8 @@ def test_relative_rope_past_1024_frames_is_said(tiny_checkpoint):
     assert pipe.stream(STAR, seconds=256).sampler.rope == "absolute" and notes == []
     assert pipe.stream(STAR, seconds=256.5).sampler.rope == "relative"
     assert notes == ["1026 latent frames are more than absolute RoPE's 1024: using rope=relative"]
+    with pytest.raises(UserError, match="^window is 1026; 1024 latent frames have temporal positions"):
+        pipe.stream(STAR, seconds=300, window=1026)
     for settings in ({"rope": "absolute"}, {"window": -1}):
         with pytest.raises(UserError, match="^1026 latent frames do not fit the 1024 temporal positions"):
             pipe.stream(STAR, seconds=256.5, **settings)
@@ -456,6 +481,10 @@ def test_save_and_repeat(tiny_pipeline, video, tmp_path):
     assert read_video(paths[0]).shape == (77, 480, 480, 3), "enlarged 15 times for viewing"
     with pytest.raises(UserError, match="clip.mp4 exists and is kept"):
         video.save(tmp_path / "clip.mp4")
+    (tmp_path / "other.json").write_text("dear")
+    with pytest.raises(UserError, match="other.json exists and is kept"):
+        video.save(tmp_path / "other.mp4")
+    assert not (tmp_path / "other.mp4").exists(), "a video without its sidecar"
     assert video.record["checkpoint"]["hash"] == tiny_pipeline.checkpoint_info["hash"]
     assert replace(tiny_pipeline.config.sampler, rope="absolute") == SamplerConfig(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in video.record["settings"].items() if k != "dtype"}

@@ -80,6 +80,7 @@ class Generate:
 
     def __post_init__(self):
         self._recorded_hash: str | None = None
+        self._elsewhere: dict[str, str] = {}
 
     def run(self) -> int:
         if self.scale < 0:
@@ -92,6 +93,8 @@ class Generate:
             require_free(sidecar_path(target), self.overwrite)
         console = Console(stderr=True)
         say = functools.partial(console.print, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        for key, place in self._elsewhere.items():
+            say(f"{self.config}: {key} has no say here: {place}")
         keep_compiled_programs()
         # Imported here: `longlive --help` and bad input must not wait for jax.
         from longlive_jax.pipeline import LongLivePipeline
@@ -121,6 +124,7 @@ class Generate:
         if self.switch_at and not self.prompt:
             raise UserError("--switch-at goes with prompts on the command line; files say their own times")
         official = OfficialRun({}) if self.config is None else read_official(self.config)
+        self._elsewhere = official.elsewhere
         settings = official.sampler | settings
         seed = next(s for s in (self.seed, official.seed, 0) if s is not None)
         checkpoint = self.checkpoint or "sprites"

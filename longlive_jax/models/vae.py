@@ -30,7 +30,7 @@ class CausalConv(nnx.Module):
     """A 3-D convolution that sees no frame of the future; `kernel` is [time, height, width, in, out].
 
     `impl` "2d" computes it as a sum of 2-D convolutions, one a step in time: 3 to 5 times faster on a CPU than XLA's
-    3-D convolution, and the one XLA keeps channels-last on a GPU. "3d" is its twin, for tests and comparison.
+    3-D convolution. "3d" is one such convolution, which a GPU is faster with (`ProgramConfig.vae_conv`).
     """
 
     def __init__(self, in_features: int, out_features: int, kernel: tuple[int, int, int], *, impl: str, rngs):
