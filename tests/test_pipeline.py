@@ -258,7 +258,7 @@ def test_the_text_encoder_stays_on_the_device_or_comes_for_each_prompt(tiny_chec
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(pipes[0]._text_params))
     monkeypatch.setattr("longlive_jax.pipeline.jax.default_backend", lambda: "tpu")
     for free, kept in ((2 * size, True), (2 * size - 1, False), (None, False)):
-        monkeypatch.setattr("longlive_jax.memory.available", lambda mesh=None: free)
+        monkeypatch.setattr("longlive_jax.memory.available", lambda mesh=None, free=free: free)
         pipes[1].program = ProgramConfig()
         pipes[1]._text_params = pipes[1]._placed_text_encoder(jax.tree.map(np.asarray, pipes[0]._text_params))
         assert on_device(pipes[1]) == kept
