@@ -15,6 +15,7 @@ from longlive_jax.conversion import tables
 from longlive_jax.conversion.convert import OUTPUT_DTYPES
 from longlive_jax.conversion.torch_files import require_torch, stream_to_pickle
 from longlive_jax.errors import UserError, listed, raise_all
+from longlive_jax.files import whole_file
 from longlive_jax.tensor_files import LazyTensor, SafetensorsFile
 
 Factors = tuple[np.ndarray, np.ndarray]
@@ -53,19 +54,15 @@ def write_lora(
     for entry, factors in loras.items():
         tensors += _peft_tensors(entry, factors, cfg, OUTPUT_DTYPES[dtype] if dtype else None, faults)
     raise_all(faults, "cannot write the LoRA: ")
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
 
     def split(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {e: {n.removeprefix(f"{e}/"): t for n, t in tensors.items() if n.startswith(f"{e}/")} for e in loras}
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream_to_pickle(tensors, scratch, split)
-        os.replace(scratch, path)
+        with whole_file(path) as partial:
+            stream_to_pickle(tensors, partial, split)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def read_factors(folder: Path) -> dict[str, Factors]:

@@ -12,13 +12,11 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +25,7 @@ import tyro
 
 from longlive_jax.conversion.recording import Inputs, Run, write_random_wan
 from longlive_jax.errors import UserError, raise_all
+from longlive_jax.files import whole_file
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -210,14 +209,8 @@ def _commit(repo: Path) -> str | None:
 
 
 def _write(output: Path, arrays: dict[str, Any]) -> None:
-    """An `.npz` that is whole or not there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.stem}.{time.time_ns()}.npz")
-    try:
+    with whole_file(output) as partial:
         np.savez(partial, **arrays)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def typical(times: dict[str, list[float]]) -> dict[str, float]:

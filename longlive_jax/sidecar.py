@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from longlive_jax.errors import UserError
+from longlive_jax.files import whole_file
 from longlive_jax.prompts import Schedule
 from longlive_jax.video import require_free
 
@@ -101,25 +101,12 @@ def write_sidecar(video: str | os.PathLike, record: Mapping[str, Any], *, overwr
     """
     path = require_free(sidecar_path(video), overwrite)
     text = json.dumps(record, indent=2, ensure_ascii=False, default=_plain) + "\n"
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-            temporary = file.name
-            file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())  # temporary files are private, records are as open as the videos
-        os.replace(temporary, path)
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; free some space or give another --output") from error
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _plain(value: Any) -> Any:

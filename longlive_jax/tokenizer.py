@@ -20,6 +20,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from longlive_jax.errors import UserError
+from longlive_jax.files import whole_file
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2 in umT5's vocabulary and in ours
 SPACE = "\u2581"  # sentencepiece's visible space: it starts every word
@@ -152,12 +153,10 @@ class PromptTokenizer:
         return self._tokenizer.decode([int(i) for i in ids if i not in (self.pad_id, self.eos_id)])
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Writes `tokenizer.json` into `folder` under a temporary name, then renames it; returns its path."""
+        """Writes `tokenizer.json` into `folder`, whole or not at all; returns its path."""
         path = Path(folder) / "tokenizer.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-        os.replace(temporary, path)
+        with whole_file(path) as partial:
+            partial.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
         return path
 
 

@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +39,7 @@ from longlive_jax.data.sprite_prompts import all_combinations, canonical
 from longlive_jax.decoding.decoder import Decoder
 from longlive_jax.decoding.state import FILLER, BlockInputs
 from longlive_jax.errors import UserError
+from longlive_jax.files import whole_file
 from longlive_jax.models import rope
 from longlive_jax.models.attention import attention
 from longlive_jax.models.layers import run_layers, structure
@@ -250,10 +250,8 @@ def run_part(name: str, precision: str, smoke: bool, pixels: tuple[int, int], fo
         results = by_layer(model, params["transformer"], how, given)
         results |= rollout(model, params, how)
     results["seconds"] = np.asarray(time.monotonic() - started)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{path.name}.{os.getpid()}.npz"
-    np.savez(temporary, settings=settings, **results)
-    os.replace(temporary, path)
+    with whole_file(path) as partial:
+        np.savez(partial, settings=settings, **results)
     return results
 
 

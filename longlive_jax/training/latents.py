@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from longlive_jax.config import TEMPORAL_FACTOR
 from longlive_jax.data.sprites import Combination, combinations_of, render_schedule
 from longlive_jax.errors import UserError
+from longlive_jax.files import whole_file
 from longlive_jax.models.vae import VAE
 from longlive_jax.training.data import in_parallel
 from longlive_jax.training.vae import encoded
@@ -79,9 +80,8 @@ def encode_clips(
         for size in [batch] * (clips_here // batch) + [clips_here % batch] * (clips_here % batch > 0):
             video = np.stack(list(itertools.islice(drawn, size)))
             latents.append(np.asarray(encoded(vae, video)))
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, latents=np.concatenate(latents).astype(np.float16))
-        temporary.rename(path)
+        with whole_file(path) as partial:
+            np.savez(partial, latents=np.concatenate(latents).astype(np.float16))
 
 
 def _missing(folder: Path, clips: int) -> list[tuple[int, int]]:
