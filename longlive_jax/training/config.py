@@ -10,15 +10,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from longlive_jax.config import SamplerConfig, replace, unknown_name
+from longlive_jax.config import SamplerConfig, check_choice, replace
 from longlive_jax.errors import UserError
 
 REMAT = ("none", "layer", "dots")
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name}: {unknown_name('value', str(value), allowed)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +39,8 @@ class Quirks:
     score_before_switch: bool = False
 
     def __post_init__(self):
-        _choice("cache_gradient", self.cache_gradient, ("detach", "straight_through"))
-        _choice("sink", self.sink, ("keep", "refresh", "zero"))
+        check_choice("cache_gradient", self.cache_gradient, ("detach", "straight_through"))
+        check_choice("sink", self.sink, ("keep", "refresh", "zero"))
         if self.score_shift is not None and not self.score_shift > 0:
             raise UserError(f"score_shift is {self.score_shift}; it must be above 0, or empty for timestep / 1000")
 
@@ -83,15 +78,18 @@ class DistillationConfig:
     quirks: Quirks = Quirks()
 
     def __post_init__(self):
-        _choice("remat", self.remat, REMAT)
+        check_choice("remat", self.remat, REMAT)
         if not 1 <= self.new_frames <= self.chunk_frames:
             raise UserError(f"new_frames is {self.new_frames}; 1 to chunk_frames ({self.chunk_frames}) are allowed")
         if self.max_frames < self.chunk_frames:
             raise UserError(f"max_frames is {self.max_frames}; the first chunk alone has {self.chunk_frames}")
         if self.picture_context is not None and self.picture_context < 1:
             raise UserError(f"picture_context is {self.picture_context}; 1 or more is needed, or nothing for all")
-        if not 0 <= self.min_timestep <= self.max_timestep <= 1000:
-            raise UserError(f"timesteps from {self.min_timestep} to {self.max_timestep} are not within 0 to 1000")
+        if not 0 < self.min_timestep <= self.max_timestep <= 1000:  # at 0 no noise is added: the critic's loss is 0 / 0
+            raise UserError(
+                f"min_timestep is {self.min_timestep}, max_timestep {self.max_timestep}; "
+                "0 < min_timestep <= max_timestep <= 1000 is needed"
+            )
 
     @property
     def starts(self) -> tuple[int, ...]:
