@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-from longlive_jax.config import SamplerConfig, check_choice, replace
+from longlive_jax.config import SamplerConfig, check_choice
 from longlive_jax.errors import UserError
 
 REMAT = ("none", "layer", "dots")
@@ -117,19 +116,3 @@ class DistillationConfig:
         from longlive_jax.training.remat import rematerialise  # here: settings are read without jax
 
         return rematerialise(self.remat)
-
-
-OFFICIAL_NAMES = {
-    "streaming_chunk_size": "chunk_frames",
-    "streaming_min_new_frame": "new_frames",
-    "streaming_max_length": "max_frames",
-}
-"""LongLive v1.0's setting -> ours, where only the name differs."""
-
-
-def official_distillation(settings: dict[str, Any]) -> DistillationConfig:
-    """The settings of the official code under its names, quirks included; other keys are ignored."""
-    changes = {ours: settings[theirs] for theirs, ours in OFFICIAL_NAMES.items() if theirs in settings}
-    if "guidance_scale" in settings:
-        changes["guidance"] = settings["guidance_scale"] + 1
-    return dataclasses.replace(replace(DistillationConfig(), **changes), quirks=Quirks.reference())

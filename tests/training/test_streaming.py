@@ -14,7 +14,7 @@ from longlive_jax.errors import UserError
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
 from longlive_jax.training import lora
-from longlive_jax.training.config import DistillationConfig, Quirks, official_distillation
+from longlive_jax.training.config import DistillationConfig, Quirks
 from longlive_jax.training.dmd import Score
 from longlive_jax.training.rollout import Rollout
 from longlive_jax.training.state import Prompts, Tape
@@ -172,8 +172,3 @@ def test_quirks_that_are_refused():
         Quirks(sink="zeros")
     with pytest.raises(UserError, match="score_shift is -1"):
         Quirks(score_shift=-1.0)
-
-
-def test_official_names():
-    config = official_distillation({"streaming_chunk_size": 24, "guidance_scale": 3.0, "streaming_max_length": 30})
-    assert (config.chunk_frames, config.new_frames, config.max_frames, config.guidance) == (24, 18, 30, 4.0)
