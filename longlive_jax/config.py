@@ -432,4 +432,4 @@ def _check_sizes(part: str, config) -> None:
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Refuses a value that is not among those allowed, naming the nearest."""
     if value not in allowed:
-        raise UserError(unknown_name(f"{name} value", value, allowed))
+        raise UserError(unknown_name(f"{name} value", str(value), allowed))

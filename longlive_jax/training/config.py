@@ -106,7 +106,8 @@ class DistillationConfig:
         if self.quirks.sink == "zero" and sampler.window > self.chunk_frames:
             raise UserError(
                 f"sink is 'zero', which the official code has for windows within a chunk only; window is "
-                f"{sampler.window}, chunk_frames {self.chunk_frames}"
+                f"{sampler.window}, chunk_frames {self.chunk_frames}; set sink to keep, or window to "
+                f"{self.chunk_frames} or less"
             )
         if sampler.solver != "renoise":
             raise UserError(f"solver is '{sampler.solver}'; few-step distillation needs 'renoise'")
