@@ -180,8 +180,12 @@ def official_values(settings: dict[str, Any], kind: type[StageConfig]) -> tuple[
             raise UserError(f"{table} must be a table of settings, got {inner!r}")
         inner = {f"{table}.{key}": value for key, value in (inner or {}).items()}
         settings = {key: value for key, value in settings.items() if key != table} | inner
+    if "num_output_frames" in settings and "distribution_loss" not in settings:
+        raise UserError(
+            "this is an inference file of LongLive's, not one for training; longlive generate --config takes it"
+        )
     faults = [unknown_name("key of LongLive's training", str(key), KNOWN) for key in settings if key not in KNOWN]
-    raise_all(faults)
+    raise_all([fault.partition("; known: ")[0] for fault in faults])  # there are too many to list
     _check_stage(settings, kind)
     return _Reading(settings, kind).result()
 

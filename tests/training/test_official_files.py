@@ -107,6 +107,16 @@ def test_some_values_are_spelt_otherwise(read):
     assert (config.run.keep, config.run.wandb, config.sampler.steps) == (90, "mine", (900,))
 
 
+def test_an_inference_file_is_told_apart(read):
+    with pytest.raises(UserError, match="official.yaml: this is an inference file .*; longlive generate --config"):
+        read({"denoising_step_list": [1000], "num_output_frames": 21, "output_folder": "videos"}, "init")
+
+
+def test_an_unknown_key_does_not_list_all(read):
+    with pytest.raises(UserError, match="unknown key of LongLive's training 'zzzz'$"):
+        read(INIT | {"zzzz": 1}, "init")
+
+
 def test_tables_do_not_overlap():
     assert len(set(KNOWN)) == len(KNOWN) and all(place and "\n" not in place for place in ELSEWHERE.values())
 
