@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from longlive_jax.cache import KVCache, Window, put_frames, take_frames
 from longlive_jax.config import SamplerConfig
@@ -31,6 +31,7 @@ from longlive_jax.training.config import DistillationConfig
 from longlive_jax.training.lora import join, parts
 from longlive_jax.training.state import Prompts, RolloutDraws, StreamState, Tape
 from longlive_jax.training.straight_through import reading_with_gradient
+from longlive_jax.training.streams import Parted
 from longlive_jax.training.switch import training_switch
 
 
@@ -67,15 +68,14 @@ class Rollout:
             switched=jnp.zeros((), bool),
         )
 
-    def draw(self, key: Key[Array, ""], state: StreamState, blocks: int) -> RolloutDraws:
-        """Random numbers for the next chunk, of `blocks` blocks."""
-        exit_key, noise_key = jax.random.split(key)
+    def draw(self, keys: Parted, state: StreamState, blocks: int) -> RolloutDraws:
+        """Random numbers for the next chunk, of `blocks` blocks: noise by `own`, the exit step by the `shared` key."""
         steps, f = len(self.sampler.steps), self.sampler.block_frames
-        keys = jax.random.split(noise_key, state.recent.shape[0])
+        each = jax.random.split(keys.own, state.recent.shape[0])
         # The key is the chunk's own, so frames are counted from its start.
-        noise = block_noise(keys, jnp.zeros((), jnp.int32), blocks * f, steps + 1, state.recent.shape[2:])
+        noise = block_noise(each, jnp.zeros((), jnp.int32), blocks * f, steps + 1, state.recent.shape[2:])
         return RolloutDraws(
-            exit_step=jax.random.randint(exit_key, (), 0, steps),
+            exit_step=jax.random.randint(keys.shared, (), 0, steps),
             noise=rearrange(noise, "s b (n f) h w c -> n s b f h w c", f=f),
         )
 
