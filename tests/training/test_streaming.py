@@ -70,6 +70,14 @@ def test_starts():
     assert DistillationConfig(max_frames=21).starts == (0,)
 
 
+def test_switches():
+    """The 11 of the official settings: the last chunk, from 219 on, begins none."""
+    assert DistillationConfig().switches == (21, 39, 57, 75, 93, 111, 129, 147, 165, 183, 201)
+    assert CONFIG.switches == (4,)
+    assert DistillationConfig(max_frames=39).switches == (21,), "of two chunks the second"
+    assert DistillationConfig(max_frames=21).switches == (), "one prompt only"
+
+
 @pytest.mark.slow
 def test_steps_train_the_adapters_and_go_on(parts):
     graphs, params = parts

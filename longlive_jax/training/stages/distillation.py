@@ -169,9 +169,8 @@ class DistillStage(ModelStage):
             self.model.transformer if self._critic is None else checkpoint.load_config(self._critic).transformer
         )
         self._compare_scores()
-        starts = config.distillation.starts
-        self.schedule = ChunkSchedule(len(starts), config.student_every)
-        self.switches = starts[1:] if self.streaming else ()
+        self.schedule = ChunkSchedule(len(config.distillation.starts), config.student_every)
+        self.switches = config.distillation.switches if self.streaming else ()
         self._files = PromptSource(config.prompts, 1 + self.streaming) if config.prompts else None
 
     def _compare_scores(self) -> None:
