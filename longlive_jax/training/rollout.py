@@ -28,11 +28,12 @@ from longlive_jax.decoding.state import block_noise
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.schedule import add_noise, few_step_list, sigma_of, to_x0
 from longlive_jax.training.config import DistillationConfig
+from longlive_jax.training.flops import Expected
 from longlive_jax.training.lora import join, parts
 from longlive_jax.training.state import Prompts, RolloutDraws, StreamState, Tape
 from longlive_jax.training.straight_through import reading_with_gradient
 from longlive_jax.training.streams import Parted
-from longlive_jax.training.switch import training_switch
+from longlive_jax.training.switch import recache_kind, training_switch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Rollout:
                 return add_noise(x0, noise[k + 1], sigmas[k + 1]), cache
 
             last = draws.exit_step
-            x, cache = jax.lax.fori_loop(0, last, denoise, (noise[0], state.cache))
+            with jax.named_scope("denoise"):
+                x, cache = jax.lax.fori_loop(0, last, denoise, (noise[0], state.cache))
             latents, cache = predict(x, cache, timesteps[last], sigmas[last])
             context = add_noise(latents, noise[-1], sigma_context) if self.config.quirks.noisy_context else latents
             _, cache = predict(context, cache, self.sampler.context_noise, 0.0)
@@ -138,6 +140,22 @@ class Rollout:
     def learning(self, tape: Tape) -> Bool[Array, " n"]:
         """Which blocks learn: those with the prompt that the chunk ends with."""
         return tape.prompt == tape.prompt[-1]
+
+    def expected(self, *, first: bool) -> Expected:
+        """What the control flow of a chunk comes to on average, for `count_flops`.
+
+        Args:
+          first: whether it is a video's first chunk; of the others each is as likely as any.
+        """
+        starts, switches = self.config.starts, self.config.switches
+        blocks = self.config.new_frames // self.sampler.block_frames
+        due = 0.0 if first or not switches else 1 / (len(starts) - 1) / blocks
+        kinds = [int(recache_kind(self.sampler, self.window, self.config, switch)) for switch in switches]
+        return {
+            "denoise": ((len(self.sampler.steps) - 1) / 2,),
+            "recache": (1 - due, due),
+            "recache_kind": tuple(kinds.count(kind) / len(kinds) for kind in range(4)) if kinds else (1.0,),
+        }
 
     # MARK: parts of a block
 
@@ -166,7 +184,8 @@ class Rollout:
             return state.replace(cache=cache, switched=jnp.ones((), bool))
 
         due = ~state.switched & (state.position >= prompts.switch_frame)
-        state = jax.lax.cond(due, switch, lambda state: state, state)
+        with jax.named_scope("recache"):
+            state = jax.lax.cond(due, switch, lambda state: state, state)
         return state, state.switched.astype(jnp.int32)
 
     def _leave(self, state: StreamState, latents: Float[Array, "b f h w c"], clean: Any) -> StreamState:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from longlive_jax import checkpoint
 from longlive_jax.sharding import param_spec, taken, using
+from longlive_jax.training.flops import Expected
 from longlive_jax.training.learner import TrainState
 from longlive_jax.training.run_config import OptimizerConfig
 from longlive_jax.training.streams import Parted, axes, each, keys_of, own, with_own
@@ -41,11 +42,13 @@ class Turn:
         `nets` holds the parameters of all learners at the start of the step, by name, and the frozen networks; `keys`
         are random, `own` and `shared`.
       prefix: of its metrics.
+      expected: what its control flow comes to on average, for `count_flops`.
     """
 
     learner: str
     loss: Callable[..., Any]
     prefix: str = ""
+    expected: Expected = dataclasses.field(default_factory=dict, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

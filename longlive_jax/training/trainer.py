@@ -314,7 +314,8 @@ class _Loop:
         for turn in turns:
             grad = jax.grad(turn.loss, has_aux=True)
             keys = keys_of(jax.random.key(0))
-            total += count_flops(grad, nets[turn.learner], nets, one(self.state.carry), one(batch), keys)
+            args = nets[turn.learner], nets, one(self.state.carry), one(batch), keys
+            total += count_flops(grad, *args, expected=turn.expected)
         return total * self.config.run.streams
 
     def _log(self, phase) -> float:

@@ -328,7 +328,8 @@ class DistillStage(ModelStage):
             value, (state, metrics) = function(networks[learner], networks, state, prompts, keys, first=first)
             return value, (state.parted() if self.streaming else carry, metrics)
 
-        return Turn(learner, loss, "" if learner == "generator" else "critic_")
+        prefix = "" if learner == "generator" else "critic_"
+        return Turn(learner, loss, prefix, distillation.rollout.expected(first=first))
 
     def _networks(self, nets: dict[str, Any]) -> dict[str, Any]:
         """As the losses take them."""
