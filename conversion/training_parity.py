@@ -8,7 +8,7 @@ with the cache as the official code has it, and detached (keys that start with "
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ from longlive_jax.checkpoint import abstract_params, compare_shapes, lazy_tensor
 from longlive_jax.config import SPATIAL_FACTOR, SamplerConfig, TransformerConfig, official_changes, replace
 from longlive_jax.conversion import sizes, tables
 from longlive_jax.conversion.readers import open_weights
-from longlive_jax.errors import UserError, collect, raise_all
+from longlive_jax.errors import UserError, collect, listed, raise_all
+from longlive_jax.json_files import parse_json
 from longlive_jax.models.layers import structure
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
@@ -41,6 +42,15 @@ GRADIENT_RTOL = 1e-3
 VARIANTS = {"": "straight_through", "detach:": "detach"}
 """Prefix of the keys -> how the cache was treated."""
 
+NEEDED = (
+    "start", "exit_step", "renoise", "context_noise", "new_latents", "window", "dmd_tau", "dmd_noise", "dmd_gradient",
+    "generator_loss", "critic_tau", "critic_noise", "critic_loss",
+)  # fmt: skip
+"""What a chunk has besides its noise; gradients may be left out."""
+
+GRADIENT = re.compile(r"(detach:)?chunk\d+_generator_grad(?:_norms$|:)")
+CHUNK = re.compile(r"(?:detach:)?chunk(\d+)_")
+
 Outputs = dict[str, tuple]
 
 
@@ -51,6 +61,8 @@ def streaming_training(folder: str | Path, case: Case) -> Outputs:
       folder: checkpoint of the generator and the VAE.
       case: the sequence; `case.networks` has the files of "critic" and "teacher".
     """
+    sampler, variants = _sampler(case), _variants(case)
+    _check_chunks(case, sampler.block_frames)
     config = checkpoint.load_config(folder)
     params = {"generator": checkpoint.load(folder, "transformer", np.float32)}
     params["vae"] = checkpoint.load(folder, "vae", np.float32)
@@ -63,14 +75,12 @@ def streaming_training(folder: str | Path, case: Case) -> Outputs:
             graphs[name] = _graph(cfg)
     raise_all(faults)
     params = jax.tree.map(jnp.asarray, params)
-    sampler = _sampler(case)
     score = {name: Score(graphs[name]) for name in ("teacher", "critic")}
     vae = structure(lambda: VAE(config.vae, rngs=nnx.Rngs(0)))
     runs = {
         prefix: Distillation(Rollout(graphs["generator"], sampler, _config(case, value)), **score, vae=vae)
-        for prefix, value in VARIANTS.items()
-        if any(name.startswith(f"{prefix}chunk0_generator_grad") for name in case.arrays)
-    } or {"": Distillation(Rollout(graphs["generator"], sampler, _config(case, "straight_through")), **score, vae=vae)}
+        for prefix, value in variants.items()
+    }
     names = {
         "generator": tables.WAN["transformer"](config.transformer),
         "critic": tables.WAN["transformer"](nnx.merge(graphs["critic"], params["critic"]).cfg),
@@ -123,20 +133,70 @@ def _gradients(case: Case, key: str, gradient: Any, table: tables.Table) -> Outp
         row = rows[tensor.name]
         ours[row.torch] = row.transform.to_torch(tensor.make(), **table.sizes)
     outputs = {}
-    norms = json.loads(str(case.arrays[f"{key}_norms"])) if f"{key}_norms" in case.arrays else {}
+    norms = _norms(case, f"{key}_norms")
     whole = {name.removeprefix(f"{key}:"): name for name in case.arrays if name.startswith(f"{key}:")}
     unknown = [name for name in [*norms, *whole] if name not in ours]
     if unknown:
         raise UserError(f"{case.path}: {key} has {', '.join(unknown)}, which the network does not have")
     for name, norm in norms.items():
-        norm = np.asarray(norm, np.float64)
         outputs[f"{key}_norms:{name}"] = (np.linalg.norm(ours[name].astype(np.float64)), norm, GRADIENT_RTOL)
     for name, stored in whole.items():
         outputs[stored] = (ours[name], case.arrays[stored], GRADIENT_RTOL)
     return outputs
 
 
+def _norms(case: Case, key: str) -> dict[str, np.ndarray]:
+    """The norms recorded under a key, by original parameter name; none if it is not there."""
+    if key not in case.arrays:
+        return {}
+    norms = parse_json(str(case.arrays[key]), f"{case.path}: '{key}'", "record it again")
+    odd = [name for name, norm in norms.items() if isinstance(norm, bool) or not isinstance(norm, (int, float))]
+    if odd:
+        raise UserError(f"{case.path}: '{key}' has no number for {listed(odd)}; record it again")
+    return {name: np.asarray(norm, np.float64) for name, norm in norms.items()}
+
+
 # MARK: inputs
+
+
+def _variants(case: Case) -> dict[str, str]:
+    """Those of `VARIANTS` that any chunk has gradients of; the official code's own if there are no gradients."""
+    keys = [(name, GRADIENT.match(name)) for name in case.arrays]
+    odd = [name for name, match in keys if match is None and name.startswith("detach:")]
+    if odd:
+        raise UserError(
+            f"{case.path} has {listed(odd)}; of a detached cache only chunk<n>_generator_grad is compared; record it "
+            "again"
+        )
+    found = {match[1] or "" for _, match in keys if match is not None}
+    return {prefix: value for prefix, value in VARIANTS.items() if prefix in found} or {"": VARIANTS[""]}
+
+
+def _check_chunks(case: Case, block: int) -> None:
+    """Refuses a case that lacks something, or has a switch that the official code and ours treat differently."""
+    start, count, switch = 0, 0, case.meta.get("switch_frame")
+    for name in case.arrays:
+        if name.endswith("_grad_norms"):
+            _norms(case, name)
+    if switch is not None and case.get("prompt_embeds", "p b l e").shape[0] < 2:
+        raise UserError(
+            f"{case.path}: 'prompt_embeds' has 1 prompt, a case with a switch_frame needs 2; record it again"
+        )
+    while f"chunk{count}_noise" in case.arrays:
+        missing = [f"chunk{count}_{name}" for name in NEEDED if f"chunk{count}_{name}" not in case.arrays]
+        if missing:
+            raise UserError(f"{case.path} has no {', '.join(missing)}, which a {case.kind} case needs; record it again")
+        end = start + case.get(f"chunk{count}_noise", "b f c h w").shape[1]
+        if switch is not None and end - block < switch < end:
+            raise UserError(
+                f"{case.path}: switch_frame {switch} is inside the last block of chunk {count} (frames {start} to "
+                f"{end - 1}), which is not supported: the official code never recaches then and has no gradient in the "
+                f"chunk, ours switches at {end}; record it with the switch at {end - block} or {end}"
+            )
+        start, count = end, count + 1
+    beyond = [name for name in case.arrays if (match := CHUNK.match(name)) and int(match[1]) >= count]
+    if beyond:
+        raise UserError(f"{case.path} has {beyond[0]}, but no chunk{count}_noise; record it again")
 
 
 def _sampler(case: Case) -> SamplerConfig:

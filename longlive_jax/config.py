@@ -211,10 +211,10 @@ class SamplerConfig:
     rope: str = "auto"
 
     def __post_init__(self):
-        _choice("solver", self.solver, ("renoise", "euler"))
-        _choice("switch", self.switch, ("recache", "keep", "clear"))
-        _choice("sink", self.sink, ("keep", "refresh"))
-        _choice("rope", self.rope, ("auto", "absolute", "relative"))
+        check_choice("solver", self.solver, ("renoise", "euler"))
+        check_choice("switch", self.switch, ("recache", "keep", "clear"))
+        check_choice("sink", self.sink, ("keep", "refresh"))
+        check_choice("rope", self.rope, ("auto", "absolute", "relative"))
         for name, size in (("height", self.height), ("width", self.width)):
             if size < 1:
                 raise UserError(f"{name} is {size}; at least 1 pixel is needed")
@@ -274,7 +274,7 @@ class ProgramConfig:
 
     def __post_init__(self):
         if self.vae_conv is not None:
-            _choice("vae_conv", self.vae_conv, ("2d", "3d"))
+            check_choice("vae_conv", self.vae_conv, ("2d", "3d"))
         if self.split_kv < 1:
             raise UserError(f"split_kv is {self.split_kv}; 1 or more parts are needed")
 
@@ -429,6 +429,7 @@ def _check_sizes(part: str, config) -> None:
                 raise UserError(f"{part}: {name} is {value}; it must be finite")
 
 
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuses a value that is not among those allowed, naming the nearest."""
     if value not in allowed:
-        raise UserError(unknown_name(f"{name} value", value, allowed))
+        raise UserError(unknown_name(f"{name} value", str(value), allowed))

@@ -61,6 +61,10 @@ def read_official(path: str | Path) -> OfficialRun:
     loaded = read_yaml(path)
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a table of settings as in LongLive's configs")
+    if "distribution_loss" in loaded:
+        raise UserError(
+            f"{path}: this is a training file of LongLive's; longlive train init (or long) --config takes it"
+        )
     model_kwargs = loaded.get("model_kwargs") or {}
     if not isinstance(model_kwargs, dict):
         raise UserError(f"{path}: model_kwargs must be a table of settings, got {model_kwargs!r}")

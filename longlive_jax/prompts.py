@@ -127,10 +127,6 @@ class Plan:
         """The video's length T / 16 in seconds."""
         return pixel_frames(self.num_frames) / FPS
 
-    def prompt_at(self, block: int) -> str:
-        """The prompt in force in block `block`."""
-        return self.prompts[sum(start <= block for start in self.switch_blocks)]
-
 
 @dataclass(frozen=True)
 class Schedule:

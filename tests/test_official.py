@@ -83,6 +83,7 @@ def test_spellings_of_switch_frames(read, text, times):
         ("model_kwargs:\n  local_atn_size: 3\n", "run.yaml: .*did you mean 'local_attn_size'[?]$"),
         ("a: [1\nb: 2\n", "run.yaml:2: not valid YAML$"),
         (b"\xff\xfe\x00", "run.yaml: not valid YAML$"),
+        ("distribution_loss: dmd\nlr: 1.0e-5\n", "run.yaml: this is a training file .*; longlive train init"),
         ("- 1\n- 2\n", "run.yaml: expected a table of settings"),
         ("", "run.yaml: expected a table of settings"),
         ("model_kwargs: 3\n", "run.yaml: model_kwargs must be a table of settings"),

@@ -101,7 +101,6 @@ def test_plan_switches_needs_whole_blocks():
 def test_schedule_plan():
     plan = Schedule(("a", "b", "c"), (2.0, 10.0), seconds=15).plan(3)
     assert (plan.num_frames, plan.switch_blocks, plan.applied_seconds) == (60, (3, 14), (2.25, 10.5))
-    assert [plan.prompt_at(block) for block in (0, 2, 3, 13, 14, 19)] == list("aabbcc")
     assert plan.seconds == 237 / 16
     assert Schedule(("a",)).plan(3).num_frames == 21
     assert Schedule(("a",)).plan(3, seconds=1).num_frames == 3

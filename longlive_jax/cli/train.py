@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ class StageRun:
     Attributes:
       output: folder of the run; the checkpoint that the stage ends with is its `checkpoint/`.
       settings: of the stage; any of them, before or after a file's.
-      config: YAML file of settings; what it leaves out is the stage's own.
+      config: YAML file of settings, ours or a training file of LongLive v1.0; what it leaves out is the stage's own.
       smoke: the same stage at tiny sizes, to see it run through.
       resume: go on with the run in output, with the settings that it began with.
       check: say what it needs of each device's memory, by shapes alone, and stop; no checkpoint is needed.
@@ -128,7 +129,8 @@ def _defaults(kind: type[StageConfig], args: Sequence[str]) -> StageConfig:
         from longlive_jax.training.runs import stored_config
 
         return stored_config(Path(known.output), kind)
-    settings = read_config(known.config, kind) if known.config else kind()
+    say = lambda line: print(line, file=sys.stderr)
+    settings = read_config(known.config, kind, say) if known.config else kind()
     return settings.shrunk() if known.smoke else settings
 
 

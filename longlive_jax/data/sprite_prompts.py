@@ -251,12 +251,3 @@ def all_prompts(paraphrases: int = 4, seed: int = 0) -> Iterator[str]:
         yield canonical(combination)
         for _ in range(paraphrases):
             yield paraphrase(combination, rng)[0]
-
-
-def all_words() -> tuple[str, ...]:
-    """Every word that prompts of this module can contain, sorted, without punctuation."""
-    texts = [phrase for values in _WORDINGS.values() for options in values.values() for phrase in options]
-    texts += [phrase for options in _MOTIONS.values() for pair in options for phrase in pair]
-    texts += [re.sub(r"\{\w+\}", " ", t) for templates in _TEMPLATES.values() for t in templates]
-    texts += [*_NO_SHAPE, "a an and that is which"]
-    return tuple(sorted({word for text in texts for word in re.findall(r"[\w-]+", text)}))

@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-from longlive_jax.config import SamplerConfig, replace, unknown_name
+from longlive_jax.config import SamplerConfig, check_choice
 from longlive_jax.errors import UserError
 
 REMAT = ("none", "layer", "dots")
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name}: {unknown_name('value', str(value), allowed)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +38,8 @@ class Quirks:
     score_before_switch: bool = False
 
     def __post_init__(self):
-        _choice("cache_gradient", self.cache_gradient, ("detach", "straight_through"))
-        _choice("sink", self.sink, ("keep", "refresh", "zero"))
+        check_choice("cache_gradient", self.cache_gradient, ("detach", "straight_through"))
+        check_choice("sink", self.sink, ("keep", "refresh", "zero"))
         if self.score_shift is not None and not self.score_shift > 0:
             raise UserError(f"score_shift is {self.score_shift}; it must be above 0, or empty for timestep / 1000")
 
@@ -83,15 +77,18 @@ class DistillationConfig:
     quirks: Quirks = Quirks()
 
     def __post_init__(self):
-        _choice("remat", self.remat, REMAT)
+        check_choice("remat", self.remat, REMAT)
         if not 1 <= self.new_frames <= self.chunk_frames:
             raise UserError(f"new_frames is {self.new_frames}; 1 to chunk_frames ({self.chunk_frames}) are allowed")
         if self.max_frames < self.chunk_frames:
             raise UserError(f"max_frames is {self.max_frames}; the first chunk alone has {self.chunk_frames}")
         if self.picture_context is not None and self.picture_context < 1:
             raise UserError(f"picture_context is {self.picture_context}; 1 or more is needed, or nothing for all")
-        if not 0 <= self.min_timestep <= self.max_timestep <= 1000:
-            raise UserError(f"timesteps from {self.min_timestep} to {self.max_timestep} are not within 0 to 1000")
+        if not 0 < self.min_timestep <= self.max_timestep <= 1000:  # at 0 no noise is added: the critic's loss is 0 / 0
+            raise UserError(
+                f"min_timestep is {self.min_timestep}, max_timestep {self.max_timestep}; "
+                "0 < min_timestep <= max_timestep <= 1000 is needed"
+            )
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -116,7 +113,8 @@ class DistillationConfig:
         if self.quirks.sink == "zero" and sampler.window > self.chunk_frames:
             raise UserError(
                 f"sink is 'zero', which the official code has for windows within a chunk only; window is "
-                f"{sampler.window}, chunk_frames {self.chunk_frames}"
+                f"{sampler.window}, chunk_frames {self.chunk_frames}; set sink to keep, or window to "
+                f"{self.chunk_frames} or less"
             )
         if sampler.solver != "renoise":
             raise UserError(f"solver is '{sampler.solver}'; few-step distillation needs 'renoise'")
@@ -126,19 +124,3 @@ class DistillationConfig:
         from longlive_jax.training.remat import rematerialise  # here: settings are read without jax
 
         return rematerialise(self.remat)
-
-
-OFFICIAL_NAMES = {
-    "streaming_chunk_size": "chunk_frames",
-    "streaming_min_new_frame": "new_frames",
-    "streaming_max_length": "max_frames",
-}
-"""LongLive v1.0's setting -> ours, where only the name differs."""
-
-
-def official_distillation(settings: dict[str, Any]) -> DistillationConfig:
-    """The settings of the official code under its names, quirks included; other keys are ignored."""
-    changes = {ours: settings[theirs] for theirs, ours in OFFICIAL_NAMES.items() if theirs in settings}
-    if "guidance_scale" in settings:
-        changes["guidance"] = settings["guidance_scale"] + 1
-    return dataclasses.replace(replace(DistillationConfig(), **changes), quirks=Quirks.reference())

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from longlive_jax.config import from_dict, to_dict
 from longlive_jax.errors import UserError
+from longlive_jax.training.official_files import described_quirks, is_official, official_values
 from longlive_jax.training.run_config import HARMLESS
 from longlive_jax.training.stage_config import StageConfig
 from longlive_jax.yaml_files import read_yaml
 
 
-def read_config(path: str | Path, kind: type[StageConfig]) -> StageConfig:
-    """A stage's settings from a YAML file; what it leaves out is the stage's own.
+def read_config(
+    path: str | Path, kind: type[StageConfig], say: Callable[[str], None] = lambda line: None
+) -> StageConfig:
+    """A stage's settings from a YAML file, ours or LongLive v1.0's; what it leaves out is the stage's own.
+
+    Args:
+      path: the file.
+      kind: of the stage.
+      say: told, of LongLive's file, each key that has no say here, and which quirks it switches on.
 
     Raises:
       UserError: no such file, not YAML, or a key or value that is not understood.
     """
     path = Path(path)
     values = read_yaml(path)
+    if is_official(values):
+        try:
+            values, elsewhere = official_values({key: _number(value) for key, value in values.items()}, kind)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        for key, place in elsewhere.items():
+            say(f"{path}: {key} has no say here: {place}")
+        say(f"{path}: {described_quirks()}")
     return from_values(kind, values if values is not None else {}, str(path))
 
 

@@ -1,12 +1,14 @@
 """Which chunk of which video a turn makes, and whose prompts it gets."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 
+from longlive_jax.data.sprite_prompts import all_prompts
 from longlive_jax.errors import UserError
-from longlive_jax.tokenizer import Tokens
+from longlive_jax.tokenizer import Tokens, train_unigram
 from longlive_jax.training.config import DistillationConfig
 from longlive_jax.training.phases import DistillPhase
 from longlive_jax.training.stage_config import InitTrainConfig, LongTrainConfig
@@ -14,6 +16,7 @@ from longlive_jax.training.stages.distillation import (
     NEVER,
     ChunkSchedule,
     DistillSource,
+    InitStage,
     ShuffledPrompts,
     SpritePrompts,
 )
@@ -95,6 +98,28 @@ def test_every_epoch_has_all_prompts_of_the_files():
     prompts = ShuffledPrompts(files, 0)
     epochs = [tuple(prompts[3 * e + i][0] for i in range(3)) for e in range(12)]
     assert all(sorted(epoch) == ["a", "b", "c"] for epoch in epochs) and len(set(epochs)) > 2
+
+
+@pytest.mark.parametrize(("tokens", "message"), [(100, None), (160, "tokeniser has 160 tokens, its text encoder 128")])
+def test_a_student_whose_tokeniser_has_fewer_tokens_than_its_text_encoder(
+    tmp_path, tiny_config, tiny_checkpoint, tokens, message
+):
+    """As Wan's: 256300 and 256384."""
+    tokenizer = train_unigram(list(all_prompts(1)), tokens, tiny_config.transformer.text_length)
+    assert tokenizer.vocab_size == tokens
+    config = dataclasses.replace(
+        InitTrainConfig(), init=str(tmp_path / "student"), transformer=tiny_config.transformer,
+        text_encoder=tiny_config.text_encoder, sampler=dataclasses.replace(tiny_config.sampler, rope="absolute"),
+        distillation=DistillationConfig(chunk_frames=6, new_frames=6, max_frames=6),
+    )  # fmt: skip
+    shutil.copytree(tiny_checkpoint, tmp_path / "student")
+    tokenizer.save(tmp_path / "student")
+    if message is None:
+        stage = InitStage(config, tmp_path / "run", lambda line: None)
+        assert stage.model.text_encoder == stage.text_shape == tiny_config.text_encoder
+    else:
+        with pytest.raises(UserError, match=message):
+            InitStage(config, tmp_path / "run", lambda line: None)
 
 
 def test_settings_that_belong_to_the_other_stage():

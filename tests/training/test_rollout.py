@@ -100,6 +100,15 @@ def test_switch_equals_the_decoders(sink):
     assert (int(state.position), bool(state.switched)) == (14, True)
 
 
+def test_a_switch_inside_the_last_block_of_a_chunk_comes_with_the_next():
+    """By a recache, and the chunk learns with its own prompt; the official code does neither (docs/training.md)."""
+    rollout, params, prompts = make(), network()[1], prompts_of(7)
+    state, tape = RUN(rollout, params, rollout.init(params, 1, *LATENT[:2]), prompts, draws_of(0, 0))
+    assert rollout.learning(tape).all() and not tape.prompt.any() and not state.switched
+    state, tape = RUN(rollout, params, state, prompts, draws_of(1, 0))
+    assert rollout.learning(tape).all() and tape.prompt.all() and state.switched
+
+
 def gradient(rollout, switch_frame: int, exit_steps):
     """Of a weighted sum of the last chunk's latents."""
     params, prompts = network()[1], prompts_of(switch_frame)

@@ -39,7 +39,7 @@ class ModelStage(Stage):
         self._init = hub.find(config.init) if config.init is not None else None
         vae = hub.find(config.vae) if config.vae is not None else self._init
         self._tokenizer = self._make_tokenizer()
-        text = dataclasses.replace(config.text_encoder, vocab_size=self._tokenizer.vocab_size)
+        text = dataclasses.replace(config.text_encoder, vocab_size=self._rows())
         # A tokeniser made here has the sprites world's few words; what the settings ask for is what has to fit.
         self.text_shape = text if self._init is not None else config.text_encoder
         self._vae_folder = vae
@@ -75,6 +75,11 @@ class ModelStage(Stage):
             return PromptTokenizer.from_folder(self._init, length)
         return train_unigram(list(all_prompts()), self.config.text_encoder.vocab_size, max_length=length)
 
+    def _rows(self) -> int:
+        """Of the token embedding: those of `init`, for Wan's has more rows than its tokeniser has tokens."""
+        stored = None if self._init is None else checkpoint.load_config(self._init).text_encoder
+        return self._tokenizer.vocab_size if stored is None else stored.vocab_size
+
     def _compare_init(self) -> None:
         """Refuses a checkpoint of another model, with all that differs."""
         if self._init is None:
@@ -86,6 +91,9 @@ class ModelStage(Stage):
                 continue
             old, new = to_dict(getattr(stored, part)), to_dict(getattr(self.model, part))
             faults += [f"{part}.{n} is {old[n]}, the settings say {new[n]}" for n in old if old[n] != new[n]]
+        tokens = self._tokenizer.vocab_size
+        if stored.text_encoder is not None and tokens > stored.text_encoder.vocab_size:
+            faults.append(f"its tokeniser has {tokens} tokens, its text encoder {stored.text_encoder.vocab_size}")
         raise_all(faults, f"init {self.config.init} is of another model: ")
 
     def first_params(self) -> dict[str, Any]:
