@@ -79,8 +79,8 @@ class ToyStage(Stage):
 
     @functools.cache  # noqa: B019
     def _turns(self, poisoned):
-        def loss(params, nets, carry, batch, key):
-            noise = 0.1 * jax.random.normal(key, batch["x"].shape)
+        def loss(params, nets, carry, batch, keys):
+            noise = 0.1 * jax.random.normal(keys.own, batch["x"].shape)
             error = jnp.mean(jnp.square(batch["x"] * (params["w"] - nets["goal"]) + noise))
             return error * (jnp.nan if poisoned else 1.0), (carry, {"twice": 2 * error})
 
@@ -92,8 +92,8 @@ class ToyStage(Stage):
         return self._turns(step in self.poison)
 
     def parts(self, phase, step):
-        add = lambda nets, carry, batch, key, made: batch["x"] + nets["goal"]
-        double = lambda nets, carry, batch, key, made: 2 * made["add"]
+        add = lambda nets, carry, batch, keys, made: batch["x"] + nets["goal"]
+        double = lambda nets, carry, batch, keys, made: 2 * made["add"]
         return Part("add", add, 1.0), Part("double", double, 0.5)
 
     def validate(self, best, frozen):

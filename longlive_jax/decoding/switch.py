@@ -60,7 +60,8 @@ def switch_prompt(
         else:
             if sampler.sink == "refresh" or window.ring == 0:
                 branches = branches[:2]
-            cache = jax.lax.switch(how_to_recache(sampler, window, state.position), branches, cache)
+            with jax.named_scope("recache_kind"):
+                cache = jax.lax.switch(how_to_recache(sampler, window, state.position), branches, cache)
     return state.replace(text_kv=text_kv, cache=cache)
 
 

@@ -95,6 +95,13 @@ class DistillationConfig:
         """The first latent frame of every chunk of a video."""
         return (0, *range(self.chunk_frames, self.max_frames - self.new_frames + 1, self.new_frames))
 
+    @property
+    def switches(self) -> tuple[int, ...]:
+        """Where a video may change its prompt: at the start of any chunk but the first and the last, so that the new
+        prompt has more than one chunk. The official choices, 21, 39, ... 201, are these. A video of two chunks changes
+        at the second, as nothing else is left."""
+        return self.starts[1:-1] or self.starts[1:]
+
     def check(self, sampler: SamplerConfig) -> None:
         """Refuses settings that the rollout cannot follow."""
         block = sampler.block_frames

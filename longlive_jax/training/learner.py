@@ -91,8 +91,8 @@ class TrainState:
       step: int32, steps done, of all phases.
       key: uint32 [2], of the run; that of a step is folded from it.
       learners: by name.
-      carry: what streams in flight need of the past, leading axes [streams / devices, devices]; () where every batch
-        stands alone.
+      carry: what streams in flight need of the past, leading axes [streams / devices, devices], but for what they share
+        (`Parted`); () where every batch stands alone.
     """
 
     step: Any

@@ -341,7 +341,7 @@ class _Reading:
             self.put("prompts", [self.settings[key] for key in keys])
 
     def switches(self) -> None:
-        """Ours come at the start of any later chunk; LongLive's are listed, and may be fewer."""
+        """Ours come at the start of any chunk but the first and the last; LongLive's are listed, and may be fewer."""
         distillation = replace(self.kind().distillation, **self.values["distillation"])
         if distillation.new_frames + 3 < distillation.chunk_frames:
             raise UserError(
@@ -349,7 +349,7 @@ class _Reading:
                 f"it is one number, so give {distillation.chunk_frames - 3}"
             )
         if "switch_choices" in self.settings:
-            choices, starts = self.settings["switch_choices"], distillation.starts[1:]
+            choices, starts = self.settings["switch_choices"], distillation.switches
             odd = [frame for frame in choices if frame not in starts] if isinstance(choices, list) else [choices]
             if odd:
                 raise UserError(
@@ -357,7 +357,7 @@ class _Reading:
                 )
             if set(choices) != set(starts):
                 self.elsewhere["switch_choices"] = (
-                    f"a switch comes at the start of any later chunk, {starts[0]} to {starts[-1]}"
+                    f"a switch comes at the start of any chunk but the first and the last, {starts[0]} to {starts[-1]}"
                 )
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from longlive_jax.cache import KVCache, Window, put_frames, take_frames
 from longlive_jax.config import SamplerConfig
@@ -28,10 +28,12 @@ from longlive_jax.decoding.state import block_noise
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.schedule import add_noise, few_step_list, sigma_of, to_x0
 from longlive_jax.training.config import DistillationConfig
+from longlive_jax.training.flops import Expected
 from longlive_jax.training.lora import join, parts
 from longlive_jax.training.state import Prompts, RolloutDraws, StreamState, Tape
 from longlive_jax.training.straight_through import reading_with_gradient
-from longlive_jax.training.switch import training_switch
+from longlive_jax.training.streams import Parted
+from longlive_jax.training.switch import recache_kind, training_switch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +69,14 @@ class Rollout:
             switched=jnp.zeros((), bool),
         )
 
-    def draw(self, key: Key[Array, ""], state: StreamState, blocks: int) -> RolloutDraws:
-        """Random numbers for the next chunk, of `blocks` blocks."""
-        exit_key, noise_key = jax.random.split(key)
+    def draw(self, keys: Parted, state: StreamState, blocks: int) -> RolloutDraws:
+        """Random numbers for the next chunk, of `blocks` blocks: noise by `own`, the exit step by the `shared` key."""
         steps, f = len(self.sampler.steps), self.sampler.block_frames
-        keys = jax.random.split(noise_key, state.recent.shape[0])
+        each = jax.random.split(keys.own, state.recent.shape[0])
         # The key is the chunk's own, so frames are counted from its start.
-        noise = block_noise(keys, jnp.zeros((), jnp.int32), blocks * f, steps + 1, state.recent.shape[2:])
+        noise = block_noise(each, jnp.zeros((), jnp.int32), blocks * f, steps + 1, state.recent.shape[2:])
         return RolloutDraws(
-            exit_step=jax.random.randint(exit_key, (), 0, steps),
+            exit_step=jax.random.randint(keys.shared, (), 0, steps),
             noise=rearrange(noise, "s b (n f) h w c -> n s b f h w c", f=f),
         )
 
@@ -112,7 +113,8 @@ class Rollout:
                 return add_noise(x0, noise[k + 1], sigmas[k + 1]), cache
 
             last = draws.exit_step
-            x, cache = jax.lax.fori_loop(0, last, denoise, (noise[0], state.cache))
+            with jax.named_scope("denoise"):
+                x, cache = jax.lax.fori_loop(0, last, denoise, (noise[0], state.cache))
             latents, cache = predict(x, cache, timesteps[last], sigmas[last])
             context = add_noise(latents, noise[-1], sigma_context) if self.config.quirks.noisy_context else latents
             _, cache = predict(context, cache, self.sampler.context_noise, 0.0)
@@ -138,6 +140,22 @@ class Rollout:
     def learning(self, tape: Tape) -> Bool[Array, " n"]:
         """Which blocks learn: those with the prompt that the chunk ends with."""
         return tape.prompt == tape.prompt[-1]
+
+    def expected(self, *, first: bool) -> Expected:
+        """What the control flow of a chunk comes to on average, for `count_flops`.
+
+        Args:
+          first: whether it is a video's first chunk; of the others each is as likely as any.
+        """
+        starts, switches = self.config.starts, self.config.switches
+        blocks = self.config.new_frames // self.sampler.block_frames
+        due = 0.0 if first or not switches else 1 / (len(starts) - 1) / blocks
+        kinds = [int(recache_kind(self.sampler, self.window, self.config, switch)) for switch in switches]
+        return {
+            "denoise": ((len(self.sampler.steps) - 1) / 2,),
+            "recache": (1 - due, due),
+            "recache_kind": tuple(kinds.count(kind) / len(kinds) for kind in range(4)) if kinds else (1.0,),
+        }
 
     # MARK: parts of a block
 
@@ -166,7 +184,8 @@ class Rollout:
             return state.replace(cache=cache, switched=jnp.ones((), bool))
 
         due = ~state.switched & (state.position >= prompts.switch_frame)
-        state = jax.lax.cond(due, switch, lambda state: state, state)
+        with jax.named_scope("recache"):
+            state = jax.lax.cond(due, switch, lambda state: state, state)
         return state, state.switched.astype(jnp.int32)
 
     def _leave(self, state: StreamState, latents: Float[Array, "b f h w c"], clean: Any) -> StreamState:

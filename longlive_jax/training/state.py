@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from longlive_jax.cache import KVCache
+from longlive_jax.training.streams import Parted
 
 
 @struct.dataclass
@@ -25,6 +26,19 @@ class StreamState:
     recent: Float[Array, "b r rows columns c"]
     position: Int[Array, ""]
     switched: Bool[Array, ""]
+
+    def parted(self) -> Parted:
+        """Frames are a stream's own; how many there are, and which prompt is in force, is the same in all."""
+        own = {"k": self.cache.k, "v": self.cache.v, "recent": self.recent}
+        shared = {"count": self.cache.count, "position": self.position, "switched": self.switched}
+        return Parted(own=own, shared=shared)
+
+    @classmethod
+    def joined(cls, parted: Parted) -> StreamState:
+        """The inverse of `parted`."""
+        own, shared = parted.own, parted.shared
+        cache = KVCache(k=own["k"], v=own["v"], count=shared["count"])
+        return cls(cache=cache, recent=own["recent"], position=shared["position"], switched=shared["switched"])
 
 
 @struct.dataclass

@@ -2,7 +2,8 @@
 
 A batch is `streams` independent parts. `[n, d, b, ...]`: n times, d devices take a part of b samples each. The parts'
 gradients are summed in float32, over devices and over times alike, so the same batch gives the same update (up to the
-order of a sum) however n and d are chosen. Noise is a stream's own: it does not depend on the mesh either.
+order of a sum) however n and d are chosen. Noise is a stream's own: it does not depend on the mesh either. What all
+streams share (`streams.Parted`) has neither n nor d, so that the program still decides by it.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from longlive_jax import checkpoint
 from longlive_jax.sharding import param_spec, taken, using
+from longlive_jax.training.flops import Expected
 from longlive_jax.training.learner import TrainState
 from longlive_jax.training.run_config import OptimizerConfig
+from longlive_jax.training.streams import Parted, axes, each, keys_of, own, with_own
 
 DEVICES = ("data", "fsdp")
 """Mesh axes whose devices take a stream each."""
 
 STREAMS = PartitionSpec(None, DEVICES)
-"""Batch and carry: [n, d, ...]."""
+"""Batch and carry: [n, d, ...], of what is not shared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +38,17 @@ class Turn:
 
     Attributes:
       learner: its name.
-      loss: `loss(params, nets, carry, batch, key) -> loss, (carry, metrics)` of one stream. The gradient is by params;
-        `nets` holds the parameters of all learners at the start of the step, by name, and the frozen networks.
+      loss: `loss(params, nets, carry, batch, keys) -> loss, (carry, metrics)` of one stream. The gradient is by params;
+        `nets` holds the parameters of all learners at the start of the step, by name, and the frozen networks; `keys`
+        are random, `own` and `shared`.
       prefix: of its metrics.
+      expected: what its control flow comes to on average, for `count_flops`.
     """
 
     learner: str
     loss: Callable[..., Any]
     prefix: str = ""
+    expected: Expected = dataclasses.field(default_factory=dict, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +57,15 @@ class Part:
 
     Attributes:
       name: of the metric.
-      function: `function(nets, carry, batch, key, made)` of one stream; `made` has what the parts before gave, by name.
+      function: `function(nets, carry, batch, keys, made)` of one stream; `made` has what parts before gave, by name.
       times: how often an average step does this.
+      axes: which of what it gives the streams share: None there, else 0 (as `out_axes` of `jax.vmap`).
     """
 
     name: str
     function: Callable[..., Any]
     times: float
+    axes: Any = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,35 +113,40 @@ def make_step(turns: Sequence[Turn], teaching: Mapping[str, Teaching], mesh: Mes
 
 def gradient(loss: Callable, params: Any, nets: Any, carry: Any, batch: Any, key: jax.Array, mesh: Mesh | None = None):
     """Mean gradient over the streams of a batch: (gradient, loss, carry, metrics), the sums in float32."""
-    times, devices = jax.tree.leaves(batch)[0].shape[:2]
-    keys = jax.random.split(key, (times, devices))
+    times, devices = jax.tree.leaves(own(batch))[0].shape[:2]
+    streams = carry, batch, keys_of(key, (times, devices))
 
-    def one(carry, batch, key):
-        (value, (carry, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, nets, carry, batch, key)
+    def one(carry, batch, keys):
+        (value, (carry, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, nets, carry, batch, keys)
         return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (grads, value, metrics)), carry
 
-    def together(total, xs):
+    def together(total, parts):
+        row = [with_own(tree, part) for tree, part in zip(streams, parts)]
         if devices == 1:
-            new, carry = one(*jax.tree.map(lambda a: a[0], xs))
-            carry = jax.tree.map(lambda a: a[None], carry)
+            new, carry = one(*(each(lambda a: a[0], tree) for tree in row))
+            carry = each(lambda a: a[None], carry)
         else:
             # Said by name for kernels, which the compiler cannot cut: each device runs them for its own stream.
-            axes = () if mesh is None else DEVICES
-            with taken(*axes):
-                new, carry = jax.vmap(one, spmd_axis_name=axes or None)(*xs)
+            names = () if mesh is None else DEVICES
+            along = tuple(axes(tree) for tree in row)
+            with taken(*names):
+                new, carry = jax.vmap(one, in_axes=along, out_axes=(0, along[0]), spmd_axis_name=names or None)(*row)
             if mesh is not None:
                 # Each device has the gradient of its own stream, in float32, before anything is summed.
                 new = jax.lax.with_sharding_constraint(new, NamedSharding(mesh, PartitionSpec(DEVICES)))
             new = jax.tree.map(lambda a: jnp.sum(a, axis=0), new)
         return new if total is None else jax.tree.map(jnp.add, total, new), carry
 
-    xs = carry, batch, keys
+    parts = tuple(own(tree) for tree in streams)
     if times == 1:
-        total, carry = together(None, jax.tree.map(lambda a: a[0], xs))
-        carry = jax.tree.map(lambda a: a[None], carry)
+        total, carry = together(None, jax.tree.map(lambda a: a[0], parts))
+        carry = each(lambda a: a[None], carry)
     else:
-        shapes = jax.eval_shape(lambda xs: together(None, jax.tree.map(lambda a: a[0], xs))[0], xs)
-        total, carry = jax.lax.scan(together, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), xs)
+        shapes = jax.eval_shape(lambda parts: together(None, jax.tree.map(lambda a: a[0], parts))[0], parts)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, carries = jax.lax.scan(together, zeros, parts)
+        # What is shared is the same after every row of streams: it begins alike, and nothing of theirs reaches it.
+        carry = with_own(jax.tree.map(lambda a: a[0], carries), own(carries))
     grads, value, metrics = jax.tree.map(lambda a: a / (times * devices), total)
     return grads, value, carry, metrics
 
@@ -147,7 +161,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     def place(path, leaf):
         names = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path]
         if "carry" in names:
-            return NamedSharding(mesh, STREAMS)
+            return NamedSharding(mesh, PartitionSpec() if "shared" in names else STREAMS)
         networks = [i for i, name in enumerate(names) if name in checkpoint.MODULES or name in ("teacher", "critic")]
         if not networks:
             return NamedSharding(mesh, PartitionSpec())
@@ -159,7 +173,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def arrange(batch: Any, devices: int) -> Any:
     """A batch from the host, `[streams, b, ...]`, as `[streams / devices, devices, b, ...]`; in several processes the
     streams and the devices of this one."""
-    return jax.tree.map(lambda a: a.reshape(a.shape[0] // devices, devices, *a.shape[1:]), batch)
+    return each(lambda a: a.reshape(a.shape[0] // devices, devices, *a.shape[1:]), batch)
 
 
 def own_places(mesh: Mesh | None) -> list[int]:
@@ -182,7 +196,12 @@ def put(tree: Any, mesh: Mesh | None, *, streams: bool = False) -> Any:
         # A device asks for its own column; here columns are counted among this process's.
         return jax.make_array_from_callback(shape, sharding, lambda at: a[:, mine.index(at[1].start or 0)][:, None])
 
-    return jax.tree.map(place, tree)
+    if isinstance(tree, Parted):
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        # Not `device_put`, which would have several processes compare theirs first.
+        put_one = lambda a: jax.make_array_from_callback(np.shape(a), everywhere, lambda at: np.asarray(a)[at])
+        tree = tree.replace(shared=jax.tree.map(put_one, tree.shared))
+    return each(place, tree)
 
 
 def gathered(tree: Any, mesh: Mesh | None) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float
 
 from longlive_jax.models.vae import VAE
 from longlive_jax.schedule import TRAIN_STEPS, add_noise
@@ -26,6 +26,7 @@ from longlive_jax.training.config import DistillationConfig
 from longlive_jax.training.dmd import NoiseLevels, Score, critic_flow_loss, dmd_loss, score_difference
 from longlive_jax.training.rollout import Rollout
 from longlive_jax.training.state import ChunkDraws, Prompts, StreamState, Tape
+from longlive_jax.training.streams import Parted
 
 Params = dict[str, Any]
 """Parameters by network: "generator", "teacher", "critic", "vae"; pure dicts, or `lora.Adapted` for trained ones."""
@@ -56,19 +57,20 @@ class Distillation:
     def config(self) -> DistillationConfig:
         return self.rollout.config
 
-    def draw(self, key: Key[Array, ""], state: StreamState, *, first: bool) -> ChunkDraws:
+    def draw(self, keys: Parted, state: StreamState, *, first: bool) -> ChunkDraws:
         """Random numbers for a step on the next chunk."""
         frames = self.config.chunk_frames if first else self.config.new_frames
-        keys = jax.random.split(key, 3)
+        of_rollout, of_tau, of_noise = jax.random.split(keys.own, 3)
         batch, _, *shape = state.recent.shape
+        blocks = frames // self.rollout.sampler.block_frames
         return ChunkDraws(
-            rollout=self.rollout.draw(keys[0], state, frames // self.rollout.sampler.block_frames),
-            tau=jax.random.randint(keys[1], (batch,), 0, TRAIN_STEPS),
-            noise=jax.random.normal(keys[2], (batch, self.config.chunk_frames, *shape)),
+            rollout=self.rollout.draw(keys.replace(own=of_rollout), state, blocks),
+            tau=jax.random.randint(of_tau, (batch,), 0, TRAIN_STEPS),
+            noise=jax.random.normal(of_noise, (batch, self.config.chunk_frames, *shape)),
         )
 
     def generator_loss(
-        self, generator: Any, params: Params, state: StreamState, prompts: Prompts, key: Key[Array, ""], *, first: bool
+        self, generator: Any, params: Params, state: StreamState, prompts: Prompts, keys: Parted, *, first: bool
     ) -> tuple[Float[Array, ""], tuple[StreamState, dict[str, Array]]]:
         """Makes the next chunk and scores it for the student.
 
@@ -77,21 +79,21 @@ class Distillation:
           params: of the other networks.
           state: before the chunk.
           prompts: of the video.
-          key: for all that is random.
+          keys: for all that is random; `keys_of(key)` for a stream alone.
           first: whether the video begins with this chunk (then `state.position` is 0).
 
         Returns:
           The loss; and the state after the chunk with metrics.
         """
-        draws = self.draw(key, state, first=first)
+        draws = self.draw(keys, state, first=first)
         loss, (state, terms) = self.generator_terms(generator, params, state, prompts, draws, first=first)
         return loss, (state, self._metrics(draws) | {"dmd_gradient": jnp.mean(jnp.abs(terms["dmd_gradient"]))})
 
     def critic_loss(
-        self, critic: Any, params: Params, state: StreamState, prompts: Prompts, key: Key[Array, ""], *, first: bool
+        self, critic: Any, params: Params, state: StreamState, prompts: Prompts, keys: Parted, *, first: bool
     ) -> tuple[Float[Array, ""], tuple[StreamState, dict[str, Array]]]:
         """Makes the next chunk and trains the critic on it; arguments as for `generator_loss`."""
-        draws = self.draw(key, state, first=first)
+        draws = self.draw(keys, state, first=first)
         loss, (state, _) = self.critic_terms(critic, params, state, prompts, draws, first=first)
         return loss, (state, self._metrics(draws))
 

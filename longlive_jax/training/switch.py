@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 from longlive_jax.cache import KVCache, Window
 from longlive_jax.config import SamplerConfig
 from longlive_jax.decoding.state import DecodeState
-from longlive_jax.decoding.switch import rebuild, recache_window, switch_prompt
+from longlive_jax.decoding.switch import how_to_recache, rebuild, recache_window, switch_prompt
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.training.config import DistillationConfig
 
@@ -46,9 +46,18 @@ def training_switch(
         lambda cache: rebuild_with_first(model, window, recent, position, cache, text_kv, t),
         lambda cache: recache_window(model, window, state, zero_sink(cache, window), text_kv, t),
     ]
-    outgrown = jnp.where(position > config.chunk_frames, 2, (position > window.slots).astype(jnp.int32))
-    which = jnp.where(position == 0, 0, 1 + outgrown)
-    return jax.lax.switch(which, branches, cache)
+    with jax.named_scope("recache_kind"):
+        return jax.lax.switch(recache_kind(sampler, window, config, position), branches, cache)
+
+
+def recache_kind(
+    sampler: SamplerConfig, window: Window, config: DistillationConfig, position: int | Int[Array, ""]
+) -> int | Int[Array, ""]:
+    """Which branch a switch after `position` latent frames takes: 0 is nothing."""
+    if config.quirks.sink != "zero":
+        return how_to_recache(dataclasses.replace(sampler, sink=config.quirks.sink), window, position)
+    # The window is within the first chunk (`DistillationConfig.check`).
+    return (position > 0) * (1 + (position > window.slots) + (position > config.chunk_frames))
 
 
 def zero_sink(cache: KVCache, window: Window) -> KVCache:

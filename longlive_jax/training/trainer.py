@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import threading
 import time
@@ -39,6 +40,7 @@ from longlive_jax.training.optimizer import make_optimizer
 from longlive_jax.training.runs import claim, plain, shorten, shortened
 from longlive_jax.training.stages.base import Stage
 from longlive_jax.training.step import DEVICES, Teaching, arrange, gathered, make_step, own_places, put
+from longlive_jax.training.streams import axes, each, keys_of
 from longlive_jax.video import VideoWriter, contact_sheet, save_image
 
 
@@ -265,7 +267,8 @@ class _Loop:
 
     def _batch(self) -> Any:
         began = time.monotonic()
-        batch = put(arrange(next(self.iterator), len(own_places(self.mesh))), self.mesh, streams=True)
+        batch = self.stage.parted(next(self.iterator))
+        batch = put(arrange(batch, len(own_places(self.mesh))), self.mesh, streams=True)
         self.clock["data"] += time.monotonic() - began
         return batch
 
@@ -281,21 +284,24 @@ class _Loop:
         nets = self.frozen | {name: learner.params for name, learner in self.state.learners.items()}
         devices, many = self.config.run.devices, self.config.run.devices > 1
         rows = self.config.run.streams // devices
-        keys = jax.random.split(jax.random.key(self.step), (rows, devices))
-        own = jax.tree.map(lambda a: a[0] if many else a[0, 0], (self.state.carry, batch, keys))
+        keys = keys_of(jax.random.key(self.step), (rows, devices))
+        first = [each(lambda a: a[0] if many else a[0, 0], tree) for tree in (self.state.carry, batch, keys)]
         made: dict[str, Any] = {}
+        along: dict[str, Any] = {}
         for part in self.stage.parts(phase, step):
             name = (phase.name, part.function)
             new = name not in self.parts
             if new:
-                axes = {"in_axes": (None, 0, 0, 0, 0), "spmd_axis_name": DEVICES}
-                self.parts[name] = jax.jit(jax.vmap(part.function, **axes) if many else part.function)
-            run = lambda name=name: jax.block_until_ready(self.parts[name](nets, *own, made))
+                ins = None, *(axes(tree) for tree in first), dict(along)
+                over = functools.partial(jax.vmap, in_axes=ins, out_axes=part.axes, spmd_axis_name=DEVICES)
+                self.parts[name] = jax.jit(over(part.function) if many else part.function)
+            run = lambda name=name: jax.block_until_ready(self.parts[name](nets, *first, made))
             with sharding.using(self.mesh), sharding.taken(*(DEVICES if many else ())):
                 if new:
                     run()
                 clock = time.monotonic()
                 made[part.name] = run()
+                along[part.name] = part.axes
             self.split[f"seconds_{part.name}"] = (time.monotonic() - clock) * rows * part.times
         self.clock["split"] += time.monotonic() - began
 
@@ -303,12 +309,13 @@ class _Loop:
         """Model FLOPs of a step, all streams and turns."""
         turns = self.stage.turns(phase, step, plain=True)
         nets = self.frozen | {name: learner.params for name, learner in self.state.learners.items()}
-        own = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[2:], a.dtype), tree)
+        one = lambda tree: each(lambda a: jax.ShapeDtypeStruct(a.shape[2:], a.dtype), tree)
         total = 0.0
         for turn in turns:
             grad = jax.grad(turn.loss, has_aux=True)
-            key = jax.random.key(0)
-            total += count_flops(grad, nets[turn.learner], nets, own(self.state.carry), own(batch), key)
+            keys = keys_of(jax.random.key(0))
+            args = nets[turn.learner], nets, one(self.state.carry), one(batch), keys
+            total += count_flops(grad, *args, expected=turn.expected)
         return total * self.config.run.streams
 
     def _log(self, phase) -> float:

@@ -30,7 +30,7 @@ INIT = {
 
 LONG = INIT | {
     "distribution_loss": "dmd_switch", "global_sink": False, "switch_prompt_path": "switch.txt",
-    "streaming_training": True, "streaming_chunk_size": 18, "streaming_max_length": 60, "streaming_min_new_frame": 15,
+    "streaming_training": True, "streaming_chunk_size": 18, "streaming_max_length": 75, "streaming_min_new_frame": 15,
     "switch_mode": "random_choice", "switch_choices": [18, 33], "train_first_chunk": True, "last_step_only": False,
     "adapter": {
         "type": "lora", "rank": 8, "alpha": 4, "dropout": 0.0, "dtype": "bfloat16", "apply_to_critic": True,
@@ -78,11 +78,14 @@ def test_stage_1(read):
 def test_stage_2(read):
     config, said = read(LONG, "long")
     assert config.distillation == DistillationConfig(
-        chunk_frames=18, new_frames=15, max_frames=60, guidance=3.5, remat="none", quirks=Quirks.reference()
+        chunk_frames=18, new_frames=15, max_frames=75, guidance=3.5, remat="none", quirks=Quirks.reference()
     )
     assert (config.lora_rank, config.lora_alpha, config.optimizer.ema) == (8, 4.0, 0.0)
     assert config.prompts == ("prompts.txt", "switch.txt")
-    assert "switch_choices has no say here: a switch comes at the start of any later chunk, 18 to 33" not in said
+    assert (
+        "switch_choices has no say here: a switch comes at the start of any chunk but the first and the last, 18 to 33"
+        not in said
+    )
     assert {"adapter.dtype", "adapter.verbose", "global_sink", "ema_weight", "slice_last_frames"} <= {
         line.split()[0] for line in said
     }
@@ -90,7 +93,10 @@ def test_stage_2(read):
 
 def test_fewer_switches_than_ours_are_said(read):
     _, said = read(LONG | {"switch_choices": [18]}, "long")
-    assert "switch_choices has no say here: a switch comes at the start of any later chunk, 18 to 33" in said
+    assert (
+        "switch_choices has no say here: a switch comes at the start of any chunk but the first and the last, 18 to 33"
+        in said
+    )
 
 
 def test_what_a_file_leaves_out_is_the_stages_own(read):

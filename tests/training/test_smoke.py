@@ -13,6 +13,7 @@ from longlive_jax.cli import main
 from longlive_jax.conversion.lora import merge, open_lora
 from longlive_jax.training.stage_config import LongTrainConfig
 from longlive_jax.training.stages.distillation import LongStage
+from longlive_jax.training.streams import each, keys_of
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STARTS = {
@@ -161,14 +162,15 @@ def test_parts_of_a_distillation_step_fit_together(tmp_path):
     learners, frozen = stage.shapes()
     frozen["text_encoder"] = checkpoint.abstract_params("text_encoder", stage.model.text_encoder)
     source = stage.source(stage.config.phases[0], 0)
-    batch = stage.collate([source[i] for i in range(2)])
-    carry = jax.tree.map(lambda a: a[0, 0], stage.carry(stage.config.phases[0]))
+    batch = jax.tree.map(lambda a: a[None], stage.collate([source[i] for i in range(2)]))
+    batch = each(lambda a: a[0], stage.parted(batch))
+    carry = each(lambda a: a[0, 0], stage.carry(stage.config.phases[0]))
     frames = stage.config.distillation.chunk_frames
     for first in (True, False):
         made = {}
         for part in stage._parts(first):
             made[part.name] = jax.eval_shape(
-                part.function, learners | frozen, carry, batch, jax.random.key(0), made
+                part.function, learners | frozen, carry, batch, keys_of(jax.random.key(0)), made
             )  # fmt: skip
         assert list(made) == ["rollout", "vae", "teacher", "generator_backward", "critic"]
         assert made["vae"][0].shape == (2, frames, 8, 8, 16)

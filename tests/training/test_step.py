@@ -22,6 +22,7 @@ from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.training.learner import SPIKE_AFTER, Learner, TrainState
 from longlive_jax.training.run_config import OptimizerConfig
 from longlive_jax.training.step import Teaching, Turn, arrange, gradient, make_step, put
+from longlive_jax.training.streams import Parted, keys_of
 
 CONFIG = OptimizerConfig(warmup=0, ema=0.9, clip=0.0, spike=4.0)
 CFG = TransformerConfig(
@@ -29,7 +30,7 @@ CFG = TransformerConfig(
 )
 
 
-def quadratic(params, nets, carry, batch, key):
+def quadratic(params, nets, carry, batch, keys):
     error = jnp.mean(jnp.square(batch["x"] @ params["w"] - batch["y"]))
     return error, (jax.tree.map(lambda c: c + 1, carry), {"error": error})
 
@@ -58,7 +59,7 @@ def test_accumulation_equals_the_big_batch():
 
 def test_devices_and_times_are_alike():
     parts = batch()
-    noisy = lambda p, n, c, b, key: quadratic(p, n, c, b | {"y": b["y"] + jax.random.normal(key, b["y"].shape)}, key)
+    noisy = lambda p, n, c, b, k: quadratic(p, n, c, b | {"y": b["y"] + jax.random.normal(k.own, b["y"].shape)}, k)
     params = {"w": jnp.ones((3, 2))}
     side_by_side = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[2:]), parts)
     one, two = (gradient(noisy, params, {}, (), b, jax.random.key(0)) for b in (parts, side_by_side))
@@ -78,6 +79,31 @@ def test_the_carry_of_every_stream_goes_on():
     state, teaching = start(carry=jnp.zeros((4, 1)))
     state, _ = make_step([Turn("net", quadratic), Turn("net", quadratic, "again_")], teaching)(state, {}, batch())
     np.testing.assert_array_equal(state.carry, np.full((4, 1), 2.0))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_what_streams_share_is_told_once(devices):
+    """Own: each stream's number; shared: how often. By what is shared the program decides."""
+    carry = Parted(own=jnp.arange(4.0).reshape(4 // devices, devices), shared=jnp.ones((), jnp.int32))
+    x = np.arange(4, dtype=np.float32)[:, None]
+    told = arrange(Parted(own={"x": x}, shared={"add": np.float32(10)}), devices)
+
+    def loss(params, nets, carry, batch, keys):
+        assert keys.shared.shape == keys.own.shape == batch.shared["add"].shape == carry.shared.shape == ()
+        gone = jax.lax.cond(carry.shared > 0, lambda a: a + batch.shared["add"], jnp.sin, carry.own)
+        draws = {"own": jax.random.normal(keys.own), "shared": jax.random.normal(keys.shared)}
+        return jnp.sum(params["w"] * batch.own["x"]), (Parted(own=gone, shared=carry.shared + 1), draws)
+
+    run = lambda: gradient(loss, {"w": jnp.ones(1)}, {}, carry, told, jax.random.key(3))
+    assert "cond" in str(jax.make_jaxpr(run)())
+    grads, _, after, draws = run()
+    assert float(grads["w"][0]) == 1.5 and int(after.shared) == 2
+    np.testing.assert_array_equal(after.own.reshape(4), np.arange(4) + 10)
+    keys = jax.random.key(3)
+    np.testing.assert_allclose(draws["shared"], jax.random.normal(keys_of(keys).shared), rtol=1e-6)
+    np.testing.assert_allclose(
+        draws["own"], jnp.mean(jax.vmap(jax.random.normal)(jax.random.split(keys, 4))), rtol=1e-6
+    )
 
 
 def test_a_gradient_that_is_no_number_changes_nothing():
@@ -143,9 +169,9 @@ def main(output: str) -> None:
     # The head begins at nothing, which would hide the rest.
     params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), params)
 
-    def loss(params, nets, carry, batch, key):
+    def loss(params, nets, carry, batch, keys):
         model = nnx.merge(graph, params["transformer"])
-        noise = jax.random.normal(key, batch["x"].shape)
+        noise = jax.random.normal(keys.own, batch["x"].shape)
         text = model.text_kv(nets["embeds"])
         flow = model.bidirectional(batch["x"] + noise, jnp.full(noise.shape[:2], 500.0), text)
         return jnp.mean(jnp.square(flow - noise)), (carry, {})

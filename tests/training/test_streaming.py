@@ -19,6 +19,7 @@ from longlive_jax.training.dmd import Score
 from longlive_jax.training.rollout import Rollout
 from longlive_jax.training.state import Prompts, Tape
 from longlive_jax.training.streaming import Distillation, begin_as_video, last_picture
+from longlive_jax.training.streams import keys_of
 
 SAMPLER = SamplerConfig(
     height=16, width=32, window=4, sink_frames=1, block_frames=1, steps=(1000, 500), rope="absolute"
@@ -69,6 +70,14 @@ def test_starts():
     assert DistillationConfig(max_frames=21).starts == (0,)
 
 
+def test_switches():
+    """The 11 of the official settings: the last chunk, from 219 on, begins none."""
+    assert DistillationConfig().switches == (21, 39, 57, 75, 93, 111, 129, 147, 165, 183, 201)
+    assert CONFIG.switches == (4,)
+    assert DistillationConfig(max_frames=39).switches == (21,), "of two chunks the second"
+    assert DistillationConfig(max_frames=21).switches == (), "one prompt only"
+
+
 @pytest.mark.slow
 def test_steps_train_the_adapters_and_go_on(parts):
     graphs, params = parts
@@ -87,7 +96,7 @@ def test_steps_train_the_adapters_and_go_on(parts):
     for i, start in enumerate(CONFIG.starts):
         assert int(state.position) == start
         for name, step in steps.items():
-            args = params, state, prompts(4), jax.random.key(i)
+            args = params, state, prompts(4), keys_of(jax.random.key(i))
             (loss, (after, metrics)), gradient = step(params[name].trained, *args, first=i == 0)
             assert np.isfinite(float(loss)) and float(loss) > 0
             norms = [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(gradient)]

@@ -11,17 +11,15 @@ import sys
 import types
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import toy_stage
+from run_state import assert_same_state
 from toy_stage import Silent, ToyConfig, ToyPhase, ToyStage
 
 from longlive_jax import memory
 from longlive_jax.errors import UserError
 from longlive_jax.training import data, trainer
-from longlive_jax.training.checkpointing import Checkpoints
 from longlive_jax.training.footprint import required_memory
 from longlive_jax.training.metrics import Metrics
 from longlive_jax.training.optimizer import make_optimizer
@@ -40,22 +38,8 @@ def changed(**run_changes):
     return dataclasses.replace(ToyConfig(), run=dataclasses.replace(ToyConfig().run, **run_changes))
 
 
-def last_state(folder: Path):
-    """All arrays of the newest checkpoint, by name, and the data's position."""
-    checkpoints = Checkpoints(folder / "state", keep=2, say=print)
-    everything = ocp.args.Composite(state=ocp.args.StandardRestore())
-    restored = checkpoints._manager.restore(checkpoints.latest, args=everything)["state"]
-    data = (checkpoints.latest_path / "data").glob("*.json")
-    positions = [json.loads(path.read_text()) for path in data]
-    checkpoints.close()
-    return {jax.tree_util.keystr(p): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(restored)}, positions
-
-
 def assert_same_run(one: Path, two: Path):
-    (arrays, positions), (others, other_positions) = last_state(one), last_state(two)
-    assert arrays.keys() == others.keys() and positions == other_positions
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(array, others[name], err_msg=name)
+    assert_same_state(one, two)
     assert_same_results(one, two)
 
 

@@ -55,7 +55,8 @@ class Stage:
         return True
 
     def carry(self, phase: Any) -> Any:
-        """What a stream needs of its past, before a phase's first step; leading axes [streams / devices, devices]."""
+        """What a stream needs of its past, before a phase's first step; leading axes [streams / devices, devices], but
+        for what all streams share (`Parted`)."""
         return ()
 
     def source(self, phase: Any, seed: int) -> Any:
@@ -66,6 +67,11 @@ class Stage:
     def collate(records: list[Any]) -> Any:
         """Records of one stream as a batch."""
         return jax.tree.map(lambda *leaves: np.stack(leaves), *records)
+
+    @staticmethod
+    def parted(batch: Any) -> Any:
+        """A batch `[streams, b, ...]` with what all streams share put apart (`Parted`), where they share something."""
+        return batch
 
     def turns(self, phase: Any, step: int, *, plain: bool = False) -> tuple[Turn, ...]:
         """The losses of a step, counted from the phase's start. Steps that compute the same get the same object.

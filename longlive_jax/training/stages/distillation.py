@@ -2,7 +2,8 @@
 
 A step has up to two turns, each of which makes a chunk: the student's (in every `student_every`-th step), then the
 critic's. Stage init begins a new video every time. In stage long the videos of all streams go on from turn to turn, in
-step with each other, until no further chunk fits; each changes its prompt once, at the start of a chunk.
+step with each other, until no further chunk fits; all change their prompt once, at the start of the same chunk. The
+step that blocks end with is drawn once a turn for all streams, too: what decides is shared (`training/streams.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from longlive_jax import checkpoint, hub
+from longlive_jax.cache import KVCache
 from longlive_jax.config import SPATIAL_FACTOR, to_dict
 from longlive_jax.data.prompts_source import PromptSource
 from longlive_jax.data.sprite_prompts import canonical, paraphrase
@@ -36,14 +38,23 @@ from longlive_jax.training.rollout import Rollout
 from longlive_jax.training.stage_config import SIZES
 from longlive_jax.training.stages.base import side_by_side
 from longlive_jax.training.stages.transformer import ModelStage, test_prompts
-from longlive_jax.training.state import Prompts
+from longlive_jax.training.state import ChunkDraws, Prompts, RolloutDraws, StreamState, Tape
 from longlive_jax.training.step import Part, Turn
 from longlive_jax.training.streaming import Distillation, joined
+from longlive_jax.training.streams import Parted, each
 
 NEVER = 2**30
 """Latent frame of a switch that does not come."""
 
 TURNS = 2
+
+MADE_AXES = (
+    StreamState(cache=KVCache(k=0, v=0, count=None), recent=0, position=None, switched=None),
+    Prompts(embeds=0, negative=0, switch_frame=None),
+    ChunkDraws(rollout=RolloutDraws(exit_step=None, noise=0), tau=0, noise=0),
+    Tape(x=0, latents=0, clean=0, prompt=None),
+)
+"""Of what the part "rollout" gives, for `Part.axes`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +118,6 @@ class DistillSource:
     schedule: ChunkSchedule
     switches: Sequence[int]
     batch_size: int
-    group: int
     seed: int
     length: int
 
@@ -125,14 +135,14 @@ class DistillSource:
         return {
             "ids": np.stack([t.ids for t in tokens]),
             "mask": np.stack([t.mask for t in tokens]),
-            "switch_frame": np.array([self._switch(video, slot // self.group) for video in videos], np.int32),
+            "switch_frame": np.array([self._switch(video) for video in videos], np.int32),
         }
 
-    def _switch(self, video: int, stream: int) -> int:
-        """The same for all videos of a stream, which share their position."""
+    def _switch(self, video: int) -> int:
+        """The same in all streams, as the official code broadcasts it: see `training/streams.py`."""
         if not self.switches:
             return NEVER
-        rng = np.random.default_rng([self.seed, 1 << 20, video, stream])
+        rng = np.random.default_rng([self.seed, 1 << 20, video])
         return self.switches[int(rng.integers(len(self.switches)))]
 
 
@@ -159,9 +169,8 @@ class DistillStage(ModelStage):
             self.model.transformer if self._critic is None else checkpoint.load_config(self._critic).transformer
         )
         self._compare_scores()
-        starts = config.distillation.starts
-        self.schedule = ChunkSchedule(len(starts), config.student_every)
-        self.switches = starts[1:] if self.streaming else ()
+        self.schedule = ChunkSchedule(len(config.distillation.starts), config.student_every)
+        self.switches = config.distillation.switches if self.streaming else ()
         self._files = PromptSource(config.prompts, 1 + self.streaming) if config.prompts else None
 
     def _compare_scores(self) -> None:
@@ -271,8 +280,8 @@ class DistillStage(ModelStage):
     def source(self, phase: DistillPhase, seed: int) -> DistillSource:
         prompts = SpritePrompts(1 + self.streaming, seed) if self._files is None else ShuffledPrompts(self._files, seed)
         return DistillSource(
-            prompts, self._tokenizer, self.schedule, self.switches, phase.batch_size,
-            phase.batch_size // self.config.run.streams, seed, phase.steps * phase.batch_size,
+            prompts, self._tokenizer, self.schedule, self.switches, phase.batch_size, seed,
+            phase.steps * phase.batch_size,
         )  # fmt: skip
 
     @staticmethod
@@ -283,6 +292,11 @@ class DistillStage(ModelStage):
             "mask": np.stack([r["mask"] for r in records], axis=2),
             "switch_frame": records[0]["switch_frame"],
         }
+
+    @staticmethod
+    def parted(batch):
+        tokens = {name: batch[name] for name in ("ids", "mask")}
+        return Parted(own=tokens, shared={"switch_frame": batch["switch_frame"][0]})
 
     # MARK: losses
 
@@ -303,17 +317,19 @@ class DistillStage(ModelStage):
         distillation = self._distillation(plain)
         rows, columns, _ = self._latent
 
-        def loss(params, nets, carry, batch, key):
+        def loss(params, nets, carry, batch, keys):
             networks = self._networks(nets | {learner: params})
             prompts = self._prompts(nets, batch, index, distillation.rollout.dtype)
-            state = carry
             if first:
                 state = distillation.rollout.init(networks["generator"], prompts.embeds.shape[1], rows, columns)
+            else:
+                state = StreamState.joined(carry)
             function = distillation.generator_loss if learner == "generator" else distillation.critic_loss
-            value, (state, metrics) = function(networks[learner], networks, state, prompts, key, first=first)
-            return value, (state if self.streaming else carry, metrics)
+            value, (state, metrics) = function(networks[learner], networks, state, prompts, keys, first=first)
+            return value, (state.parted() if self.streaming else carry, metrics)
 
-        return Turn(learner, loss, "" if learner == "generator" else "critic_")
+        prefix = "" if learner == "generator" else "critic_"
+        return Turn(learner, loss, prefix, distillation.rollout.expected(first=first))
 
     def _networks(self, nets: dict[str, Any]) -> dict[str, Any]:
         """As the losses take them."""
@@ -332,24 +348,25 @@ class DistillStage(ModelStage):
         """Those of a turn; how often an average step has them depends on how often the student learns."""
         distillation, (rows, columns, _) = self._distillation(False), self._latent
 
-        def rollout(nets, carry, batch, key, made):
+        def rollout(nets, carry, batch, keys, made):
             networks, prompts = self._networks(nets), self._prompts(nets, batch, 0, distillation.rollout.dtype)
-            state = carry
             if first:
                 state = distillation.rollout.init(networks["generator"], prompts.embeds.shape[1], rows, columns)
-            draws = distillation.draw(key, state, first=first)
+            else:
+                state = StreamState.joined(carry)
+            draws = distillation.draw(keys, state, first=first)
             _, tape = distillation.rollout.run(networks["generator"], state, prompts, draws.rollout)
             return state, prompts, draws, tape
 
-        def vae(nets, carry, batch, key, made):
+        def vae(nets, carry, batch, keys, made):
             state, _, _, tape = made["rollout"]
             return distillation.judged(nets, state, joined(tape), tape, first)
 
-        def teacher(nets, carry, batch, key, made):
+        def teacher(nets, carry, batch, keys, made):
             (_, prompts, draws, tape), (window, _) = made["rollout"], made["vae"]
             return distillation.teacher_flows(nets, window, prompts, draws, tape)
 
-        def generator_backward(nets, carry, batch, key, made):
+        def generator_backward(nets, carry, batch, keys, made):
             state, prompts, draws, tape = made["rollout"]
 
             def latents(params):
@@ -358,7 +375,7 @@ class DistillStage(ModelStage):
 
             return jax.grad(latents)(nets["generator"])
 
-        def critic(nets, carry, batch, key, made):
+        def critic(nets, carry, batch, keys, made):
             (_, prompts, draws, tape), (window, frames) = made["rollout"], made["vae"]
 
             def loss(params):
@@ -368,17 +385,18 @@ class DistillStage(ModelStage):
             return jax.grad(loss)(nets["critic"])
 
         share = 1 / self.config.student_every
-        found = [Part("rollout", rollout, 1 + share), Part("vae", vae, 1 + share), Part("teacher", teacher, share)]
-        return (*found, Part("generator_backward", generator_backward, share), Part("critic", critic, 1.0))
+        found = [Part("rollout", rollout, 1 + share, MADE_AXES), Part("vae", vae, 1 + share)]
+        found += [Part("teacher", teacher, share), Part("generator_backward", generator_backward, share)]
+        return (*found, Part("critic", critic, 1.0))
 
     def _prompts(self, nets, batch, index: int, dtype: str) -> Prompts:
         text = nnx.merge(self.graphs["text_encoder"], nets["text_encoder"])
-        ids, mask = batch["ids"][index], batch["mask"][index]
+        ids, mask = batch.own["ids"][index], batch.own["mask"][index]
         embeds = jnp.stack([text(i, m, jnp.dtype(dtype)) for i, m in zip(ids, mask)])
         empty = self._tokenizer([self.config.negative_prompt])
         negative = text(jnp.asarray(empty.ids), jnp.asarray(empty.mask), jnp.dtype(dtype))
         negative = jnp.broadcast_to(negative, (embeds.shape[1], *negative.shape[1:]))
-        return Prompts(*jax.lax.stop_gradient((embeds, negative)), switch_frame=batch["switch_frame"][index])
+        return Prompts(*jax.lax.stop_gradient((embeds, negative)), switch_frame=batch.shared["switch_frame"][index])
 
     def turns(self, phase, step, *, plain=False):
         return self._turns(
@@ -438,6 +456,7 @@ class LongStage(DistillStage):
 
     def carry(self, phase):
         run = self.config.run
-        shapes = self._carry_shapes(phase.batch_size // run.streams)
+        shapes = self._carry_shapes(phase.batch_size // run.streams).parted()
         leading = run.streams // run.devices, run.devices
-        return jax.tree.map(lambda a: jnp.zeros((*leading, *a.shape), a.dtype), shapes)
+        leads = each(lambda a: jax.ShapeDtypeStruct((*leading, *a.shape), a.dtype), shapes)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), leads)

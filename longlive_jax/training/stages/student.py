@@ -33,12 +33,12 @@ class StudentStage(TransformerStage):
             "remat": rematerialise("none" if plain else self.config.remat),
         }
 
-        def loss(params, nets, carry, batch, key):
+        def loss(params, nets, carry, batch, keys):
             models = self.models(params, nets)
             if first_blocks:
-                return flow_matching_loss(*models, Batch(**batch), key, **settings), (carry, {})
+                return flow_matching_loss(*models, Batch(**batch), keys.own, **settings), (carry, {})
             forcing = settings | {"block": sampler.block_frames, "context_noise": context_noise}
-            return teacher_forcing_loss(*models, Batch(**batch), key, **forcing), (carry, {})
+            return teacher_forcing_loss(*models, Batch(**batch), keys.own, **forcing), (carry, {})
 
         return (Turn(self.learner, loss),)
 

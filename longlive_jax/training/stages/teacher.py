@@ -38,8 +38,8 @@ class TeacherStage(TransformerStage):
             "remat": rematerialise("none" if plain else self.config.remat),
         }
 
-        def loss(params, nets, carry, batch, key):
-            return flow_matching_loss(*self.models(params, nets), Batch(**batch), key, **settings), (carry, {})
+        def loss(params, nets, carry, batch, keys):
+            return flow_matching_loss(*self.models(params, nets), Batch(**batch), keys.own, **settings), (carry, {})
 
         return (Turn(self.learner, loss),)
 

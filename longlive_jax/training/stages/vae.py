@@ -128,9 +128,9 @@ class VAEStage(Stage):
 def _turns(graph, emphasis: float, kl_weight: float, train_encoder: bool, dtype: str) -> tuple[Turn, ...]:
     settings = {"kl_weight": kl_weight, "emphasis": emphasis, "train_encoder": train_encoder, "dtype": dtype}
 
-    def loss(params, nets, carry, batch, key):
+    def loss(params, nets, carry, batch, keys):
         frozen = {} if train_encoder else {name: nets[name] for name in ("encoder", "quant")}
-        value, metrics = vae_loss(nnx.merge(graph, {**frozen, **params}), batch["frames"], key, **settings)
+        value, metrics = vae_loss(nnx.merge(graph, {**frozen, **params}), batch["frames"], keys.own, **settings)
         return value, (carry, metrics)
 
     return (Turn("vae", loss),)
