@@ -77,6 +77,24 @@ def test_the_json_has_every_key(tiny_checkpoint, tmp_path, capsys):
     assert jax.config.jax_compilation_cache_dir == before
 
 
+def test_without_diffusers_the_official_parts_count(monkeypatch, tiny_config):
+    import dataclasses
+
+    from longlive_jax.bench import official
+
+    sampler = dataclasses.replace(tiny_config.sampler, rope="absolute")
+    plan = report.Plan(
+        tiny_config, sampler, "float32", "", dict, blocks=3, seconds=1, torch_repo=STAND_IN, torch_compile=False
+    )
+    # The stand-in has no VAE that could decode.
+    calls = {"stock": lambda: lambda: None, "block, channels-last, compiled": lambda: 1 / 0}
+    monkeypatch.setattr(official, "vae_decodes", lambda *_: calls)
+    found = report._against_parts(plan, {"end_to_end_ms_per_block": 2.0}, lambda line: None)
+    assert set(found["official_vae"]) == {"stock"}, "compiled only where it was asked for"
+    vae = found["official_vae"]["stock"]["p50_ms"]
+    assert found["end_to_end_vs_torch"] == pytest.approx((found["official_dit"]["p50_ms"] + vae) / 2)
+
+
 def test_a_model_that_would_take_hours_is_refused(monkeypatch, capsys):
     ceilings = {"matmul": {"rows": 1, "dtype": "float32", "ms": 1.0, "flops_per_second": 1e11}}
     monkeypatch.setattr(machine, "ceilings", lambda dtype: ceilings)
