@@ -104,7 +104,8 @@ def other(figures: dict[str, Any]) -> list[str]:
     found = []
     for name, value in figures.items():
         if isinstance(value, dict) and value.get("of") in ("device", "process"):
-            found.append(f"{name} {value['bytes'] / 2**30:.2f} GiB ({value['of']})")
+            now = f", {value['now'] / 2**30:.2f} now" if "now" in value else ""
+            found.append(f"{name} {value['bytes'] / 2**30:.2f} GiB ({value['of']}){now}")
         elif name == "compiled":
             found += [f"compiled {p}: {c['seconds']:.1f} s ({c['cache']})" for p, c in value.items()]
         elif name == "weight_bytes":

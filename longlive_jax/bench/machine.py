@@ -104,19 +104,20 @@ def matmul_ceiling(dtype: Any, seconds: float = 0.05, largest: int = 8192) -> di
 def copy_ceiling(megabytes: int, seconds: float = 0.05) -> dict[str, float]:
     """Bytes a second of an elementwise pass over an array, read and written ones counted; many at once if quick."""
     x = jnp.arange(megabytes * 2**20 // 4, dtype=jnp.float32)
-    step = jax.jit(lambda x: x + 1)
+    size = x.nbytes
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)  # else calls that wait in the queue could hold an array each
 
     def passes(count: int):
-        y = x
-        for _ in range(count):  # each over what the last one wrote, so that no more than three arrays are held
-            y = step(y)
-        return y
+        nonlocal x
+        for _ in range(count):
+            x = step(x)
+        return x
 
     jax.block_until_ready(passes(1))
     calls = at_once(once(lambda: passes(1)), seconds)
     times = measure(lambda: passes(calls), warmup=2, calls=10, seconds=2)
     ms = times.p50 / calls
-    return {"megabytes": megabytes, "calls": calls, "ms": ms, "bytes_per_second": 2e3 * x.nbytes / ms}
+    return {"megabytes": megabytes, "calls": calls, "ms": ms, "bytes_per_second": 2e3 * size / ms}
 
 
 def ceilings(dtype: Any) -> dict[str, dict[str, float]]:

@@ -26,6 +26,13 @@ def test_percentiles_and_pairs():
     assert pair.ratios == (2, 2, 2) and pair.ratio == 2
 
 
+def test_ceilings_are_of_calls_that_together_take_a_while():
+    assert [machine.at_once(ms, 0.05) for ms in (0.1, 10, 200)] == [machine.MOST_AT_ONCE, 5, 1]
+    product, copy = machine.matmul_ceiling("float32", 0.002, largest=1024), machine.copy_ceiling(1, 0.002)
+    assert product["flops_per_second"] == pytest.approx(2 * product["rows"] ** 3 / product["ms"] * 1000)
+    assert copy["bytes_per_second"] == pytest.approx(2 * 2**20 / copy["ms"] * 1000) and copy["calls"] >= 1
+
+
 def test_in_turn_begins_and_ends_with_the_first():
     order = []
     call = lambda name: lambda: order.append(name) or 1.0

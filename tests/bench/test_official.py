@@ -26,9 +26,9 @@ def test_steady_blocks_and_passes_by_what_they_attend():
         assert len(official.clock.times["dit_ms_per_block"]) == 5 + 4, "three blocks fill the window, one is left out"
         passes = official.passes()
         assert {frames: len(times.ms) for frames, times in passes.items()} == {3: 3, 6: 3, 9: 3}
-        times = passes[9].ms
         official.pipeline.generator.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
-        assert min(official.passes()[9].ms) > max(10, min(times)), "what a pass does is in its time"
+        # Not against the times before: on a loaded machine those may be longer than this.
+        assert min(official.passes()[9].ms) >= 20, "what a pass does is in its time"
 
 
 def test_a_video_and_a_prompt_switch():
@@ -93,3 +93,24 @@ def test_a_block_of_a_video_is_its_passes_and_its_decoding():
         official.clock.times.update(dit_ms_per_block=[9.0] * skip + [10.0, 20.0])
         official.clock.times.update(decode_ms_per_latent=[0.0] * 3 * skip + [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
         assert official.block_sums().ms == (16.0, 35.0)
+
+
+def test_a_gpu_notes_when_it_comes_by_and_is_asked_later(monkeypatch):
+    class Event:
+        moments = iter((5.0, 12.0, 20.0, 21.0))
+
+        def record(self):
+            self.ms = next(self.moments)
+
+        def elapsed_time(self, end):
+            return end.ms - self.ms
+
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event())
+    clock = official_module.BenchClock(torch.device("cuda"))
+    clock.waits = False
+    for _ in range(2):
+        with clock.span("block"):
+            assert clock.times == {}, "nothing is waited for"
+    clock.settle()
+    clock.settle()
+    assert clock.times == {"block": [7.0, 1.0]}
