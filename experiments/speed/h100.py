@@ -36,7 +36,7 @@ LATE, CUT = "out of time", "cut short"
 """Status of a row that took longer than it may, and of one that the end of the budget stopped: the next call begins
 with those."""
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "triton", "peft", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "triton", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 """Whose versions are kept with each row."""
 
 

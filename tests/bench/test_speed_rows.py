@@ -158,7 +158,7 @@ rows.main(settings, rows.Path("figures.jsonl"))
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = h100.figures(tmp_path / "figures.jsonl")
-    assert figures["float32"]["6x48x96"]["p50_ms"] > 0
+    assert figures["float32"]["15x48x96"]["p50_ms"] > 0
 
 
 def small_rows(body, variant=None, **arguments):
