@@ -59,18 +59,21 @@ class Text(torch.nn.Module):
     """Stands between a pipeline and its text encoder, or is one that knows the embeddings; keeps them in turn.
 
     Attributes:
+      keep: whether they are copied to the host, which takes time.
       embeds: of each prompt that was asked for, [B, L, width].
     """
 
-    def __init__(self, encode: Callable[..., dict[str, torch.Tensor]], clock: Clock):
+    def __init__(self, encode: Callable[..., dict[str, torch.Tensor]], clock: Clock, keep: bool = True):
         super().__init__()
         self.encode, self.clock = encode, clock  # a network registers itself here and moves with the pipeline
+        self.keep = keep
         self.embeds: list[np.ndarray] = []
 
     def forward(self, text_prompts: list[str]) -> dict[str, torch.Tensor]:
         with self.clock.span("text_encode_ms"):
             given = self.encode(text_prompts=text_prompts)
-        self.embeds.append(given["prompt_embeds"].float().cpu().numpy())
+        if self.keep:
+            self.embeds.append(given["prompt_embeds"].float().cpu().numpy())
         return given
 
 
@@ -78,12 +81,13 @@ class VAE(torch.nn.Module):
     """Stands between a pipeline and its VAE.
 
     Attributes:
+      keep: whether pixels are copied to the host, which takes time.
       pixels: the last that was decoded, [B, T, 3, H, W] in [-1, 1]; None if there is no VAE to decode with.
     """
 
-    def __init__(self, vae: torch.nn.Module | None, clock: Clock):
+    def __init__(self, vae: torch.nn.Module | None, clock: Clock, keep: bool = True):
         super().__init__()
-        self.vae, self.clock = vae, clock
+        self.vae, self.clock, self.keep = vae, clock, keep
         self.pixels: np.ndarray | None = None
 
     def decode_to_pixel(self, latents: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
@@ -97,7 +101,8 @@ class VAE(torch.nn.Module):
             return latents.new_zeros(1)
         with self.clock.span("vae_decode_ms"):
             pixels = getattr(self.vae, name)(latents, use_cache=use_cache)
-        self.pixels = pixels.float().cpu().numpy()
+        if self.keep:
+            self.pixels = pixels.float().cpu().numpy()
         return pixels
 
 

@@ -67,6 +67,7 @@ class Parts:
       decode: whether latents are decoded.
       device, dtype: of weights and activations.
       clock: times the parts.
+      capture: whether embeddings and pixels are kept on the host; not where the whole is timed.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Parts:
     device: torch.device
     dtype: torch.dtype
     clock: Clock
+    capture: bool = True
 
 
 def build(code: types.SimpleNamespace, parts: Parts, sampler: SamplerConfig, frames: int, interactive: bool):
@@ -113,8 +115,8 @@ def build(code: types.SimpleNamespace, parts: Parts, sampler: SamplerConfig, fra
         pipeline = _fitted(base, cfg, parts.clock)(
             official_settings(sampler),
             parts.device,
-            text_encoder=Text(encode, parts.clock),
-            vae=VAE(vae, parts.clock),
+            text_encoder=Text(encode, parts.clock, parts.capture),
+            vae=VAE(vae, parts.clock, parts.capture),
         )
     if parts.lora:
         pipeline.generator.model = _with_lora(pipeline.generator.model, *parts.lora)

@@ -20,6 +20,32 @@ EXTERNAL = (
 )
 
 
+DEFINITIONS = (
+    "A block is 3 latent frames, 12 pixel frames of 480 x 832 (smaller in a rehearsal), batch of 1, window of 12 "
+    "latent frames, full, 3 of them sink; 4 denoising steps and a clean pass.",
+    "DiT, block: the transformer's five passes and their noise, no VAE; each block is waited for.",
+    "VAE: the full Wan VAE decoding a block in the middle of a video; ours to uint8, PyTorch's to clamped float32; "
+    "pixels stay on the device.",
+    "End to end, ours: from block to block as its uint8 pixels arrive on the host, transformer with clean pass and "
+    "full VAE, the next block already on its way. FPS is 12 frames over that time. No prompt encoding, no video file.",
+    "End to end, stock: the official script's call, noise to uint8 pixels on the host, for 20 blocks, decoded at the "
+    "end; the mean a block, first blocks (whose window is not yet full, so cheaper) included, and FPS is 12 over that. "
+    "Its `block` adds up a block's passes and decoding with the window full, without the way to the host.",
+    "First frame: from prompt embedding to the first block's pixels on the host, all compiled; stock: one block.",
+    "int8: the transformer's blocks only; not the same numbers as bfloat16, so never among the fastest of ours.",
+)
+"""What the figures include."""
+
+NOT_MEASURED = (
+    "TAEHV in either framework; the official code streaming (decoding block by block with its cache); int8 end to end; "
+    "float8 in the model (its products are); tokamax's attention and flash-attention itself; drift of latents over "
+    "blocks, and keys and values after a block; A-B-A in one process (our block is repeated at each call's end instead)"
+)
+
+TARGETS = {"DiT, ours": 250.0, "int8": 215.0, "end to end": 360.0, "start": 10.0}
+"""What is aimed at on one H100: milliseconds a block, and seconds of a warm start."""
+
+
 def timed(figures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every timed thing in a row's figures, with the words on the way to it."""
     if not isinstance(figures, dict):
@@ -39,12 +65,18 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [f"# {'Rehearsal at small shapes' if results.get('rehearsal') else 'Speed'}", ""]
     if machine:
         gpu, versions = machine["hardware"], machine["versions"]
-        lines += [
-            f"{gpu['device']}; " + ", ".join(f"{name} {v}" for name, v in versions.items() if v),
-            f"Ceilings: matrix product {ceiling / 1e12:.4g} TFLOP/s ({machine['matmul']['rows']} rows, "
-            f"{machine['matmul']['dtype']}), copy {machine['copy']['bytes_per_second'] / 1e9:.4g} GB/s.",
-            "",
-        ]
+        lines += [f"{gpu['device']}; " + ", ".join(f"{name} {v}" for name, v in versions.items() if v)]
+        if ceiling:  # that row can be stopped before it has them
+            product, copy = machine["matmul"], machine["copy"]
+            lines += [
+                f"Ceilings: matrix product {ceiling / 1e12:.4g} TFLOP/s ({product['rows']} rows, {product['dtype']}), "
+                f"copy {copy['bytes_per_second'] / 1e9:.4g} GB/s."
+            ]
+        lines += [""]
+    cards = {row["on"]["card"] for row in rows.values() if row.get("on", {}).get("card")}
+    lines += [f"**Rows are of {len(cards)} cards of this kind.**", ""] if len(cards) > 1 else []
+    attention = {str(v) for r in rows.values() for k, v in r.get("figures", {}).items() if k == "attention"}
+    lines += [f"Attention of the official transformer: {'; '.join(sorted(attention))}.", ""] if attention else []
     weights = {r["figures"]["weights"] for r in rows.values() if "weights" in r.get("figures", {})}
     lines += [f"Weights: {'; '.join(sorted(weights))}.", ""] if weights else []
     lines += ["| row | what | p50 ms | p95 ms | TFLOP/s | of ceiling |", "|---|---|---|---|---|---|"]
@@ -60,17 +92,28 @@ def markdown(results: dict[str, Any]) -> str:
         f"- {name}: {row['status']}: {row.get('error', '')}" for name, row in rows.items() if row["status"] != "done"
     ]
     lines += ["", "Rows that are not there:", ""] + [line.replace("\n", " ")[:400] for line in faults] if faults else []
-    return "\n".join([*lines, "", *ratios(rows), "", EXTERNAL, ""])
+    notes = {f"- {k}: {v}" for r in rows.values() for k, v in r.get("figures", {}).get("missing", {}).items()}
+    words = ["What the figures include:", "", *(f"- {line}" for line in DEFINITIONS), ""]
+    words += ["Not measured:", "", f"- {NOT_MEASURED}", *sorted(notes), ""]
+    aims = [] if results.get("rehearsal") else targets(rows)
+    return "\n".join([*lines, "", *ratios(rows), *aims, "", *words, EXTERNAL, ""])
 
 
 def other(figures: dict[str, Any]) -> list[str]:
-    """Memory, compilation, errors and frame rates."""
+    """Memory, compilation, attention, errors and frame rates."""
     found = []
     for name, value in figures.items():
         if isinstance(value, dict) and value.get("of") in ("device", "process"):
-            found.append(f"{name} {value['bytes'] / 2**30:.2f} GiB ({value['of']})")
+            now = f", {value['now'] / 2**30:.2f} now" if "now" in value else ""
+            found.append(f"{name} {value['bytes'] / 2**30:.2f} GiB ({value['of']}){now}")
         elif name == "compiled":
             found += [f"compiled {p}: {c['seconds']:.1f} s ({c['cache']})" for p, c in value.items()]
+        elif name == "weight_bytes":
+            found += [f"weights of the {part} {size / 1e9:.3g} GB" for part, size in value.items()]
+        elif name in ("cold", "warm"):
+            found += [f"{name}: {line}" for line in other(value)]
+        elif name.startswith("attention"):
+            found.append(f"{name}: {value}")
         elif isinstance(value, float):
             found.append(f"{name} {value:.4g}")
     return found
@@ -91,7 +134,8 @@ def ratios(rows: dict[str, Any]) -> list[str]:
     def line(name: str, theirs: float | None, mine: float | None) -> list[str]:
         return [f"- {name}: {theirs / mine:.2f} ({theirs:.4g} ms over {mine:.4g} ms)"] if theirs and mine else []
 
-    dits = [p50(name, "block") for name in rows if name.startswith("DiT, ours")]
+    exact = [name for name in rows if "int8" not in name]
+    dits = [p50(name, "block") for name in exact if name.startswith("DiT, ours")]
     torch_dits = [p50(name, "block") for name in rows if name.startswith("DiT, stock")]
     vaes = [t["p50_ms"] for name in rows if name.startswith("VAE, ours") for _, t in timed(rows[name]["figures"])]
     torch_vaes = [t["p50_ms"] for n in rows if n.startswith("VAE, stock") for _, t in timed(rows[n]["figures"])]
@@ -99,16 +143,42 @@ def ratios(rows: dict[str, Any]) -> list[str]:
     stock = rows.get("end to end, stock as shipped", {}).get("figures", {}).get("ms_per_block")
     found = line("transformer, stock as shipped", p50("DiT, stock as shipped (LoRA by peft)", "block"), least(dits))
     found += line("transformer, fastest of PyTorch", best[0], least(dits))
+    found += line("transformer, fastest of PyTorch over our default", best[0], p50("DiT, ours", "block"))
     found += line("VAE, fastest of PyTorch", best[1], least(vaes))
     found += line("end to end, stock as shipped", stock, video)
     found += line("end to end, fastest parts of PyTorch", sum(best) if None not in best else None, video)
     long, short = p50("DiT, ours", "block_320"), p50("DiT, ours", "block_5")
     found += line("block 320 over block 5 of ours", long, short)
-    return (
-        ["PyTorch's time over ours (above 1: ours is faster), p50, fastest variant of each:", "", *found]
-        if found
-        else []
-    )
+    head = ["PyTorch's time over ours (above 1: ours is faster), p50, fastest variant of each:", ""]
+    return (head + found if found else []) + [""] + drift(rows)
+
+
+def drift(rows: dict[str, Any]) -> list[str]:
+    """Our block at the end of each call over the same at the start of the first."""
+    p50 = lambda row: row.get("figures", {}).get("block", {}).get("p50_ms")
+    first = p50(rows.get("DiT, ours", {}))
+    again = {name: p50(row) for name, row in rows.items() if name.startswith("again: DiT, ours")}
+    return [f"- {name}: {ms / first:.3f} of the first ({ms:.4g} ms)" for name, ms in again.items() if ms and first]
+
+
+def targets(rows: dict[str, Any]) -> list[str]:
+    """What is aimed at on an H100, beside what was measured."""
+    figures = lambda name: rows.get(name, {}).get("figures", {})
+    int8 = [figures(n)["block"]["p50_ms"] for n in rows if n.startswith("DiT, ours: int8") and "block" in figures(n)]
+    found = {
+        "DiT, ours": figures("DiT, ours").get("block", {}).get("p50_ms"),
+        "int8": min(int8, default=None),
+        "end to end": figures("end to end, ours").get("block", {}).get("p50_ms"),
+        "start": figures("start from a checkpoint, ours").get("warm", {}).get("first_frame_seconds"),
+    }
+    units = {name: "s" if name == "start" else "ms" for name in found}
+    lines = [
+        f"- {name}: {value:.4g} {units[name]}, aimed at {TARGETS[name]:.4g} on an H100: "
+        + ("reached" if value <= TARGETS[name] else "not reached")
+        for name, value in found.items()
+        if value is not None
+    ]
+    return ["", "Targets:", "", *lines] if lines else []
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,9 @@ import dataclasses
 import importlib.util
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,7 +70,8 @@ class Size:
         transformer = TransformerConfig(
             dim=48, ffn_dim=96, num_layers=1, num_heads=2, text_dim=32, text_length=16, time_dim=32
         )
-        sampler = SamplerConfig(height=16, width=32, steps=(1000.0, 500.0))
+        # Five tokens a frame, so that the keys can be halved and cut in five, as those of the real picture.
+        sampler = SamplerConfig(height=16, width=80, steps=(1000.0, 500.0))
         vae = VAEConfig(base_width=8, multipliers=(1, 1, 1, 1), res_blocks=0)
         config, official = (ModelConfig(transformer, v, None, sampler) for v in (vae, VAEConfig(base_width=8)))
         return cls(config, official, "float32", 2, 2, 2)
@@ -81,22 +84,26 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a row is given: sizes, the clone, the variant of ours, and where figures go."""
+    """What a row is given: sizes, the clone, the variant of ours, where figures go, and what it was started with."""
 
     size: Size
     repo: Path | None
     variant: dict[str, Any] | None
     emit: Emit
+    settings: dict[str, Any]
 
-    def ours(self, dtype: str | None = None):
-        """Our model in this row's variant, on random weights."""
+    def ours(self, params: dict[str, Any] | None = None):
+        """Our model in this row's variant, on random weights if none are given."""
         from longlive_jax.bench import weights
         from longlive_jax.bench.ours import Ours, Variant
 
         start = time.perf_counter()
-        params = weights.ours(self.size.config, self.size.dtype)
-        self.emit(weights=weights.DESCRIPTION, weights_seconds=time.perf_counter() - start)
-        return Ours(self.size.config, params, dtype or self.size.dtype, variant=Variant(**(self.variant or {})))
+        if params is None:
+            params = weights.ours(self.size.config, self.size.dtype)
+            self.emit(weights=weights.DESCRIPTION)
+        ours = Ours(self.size.config, params, self.size.dtype, variant=Variant(**(self.variant or {})))
+        self.emit(weights_seconds=time.perf_counter() - start, weight_bytes=ours.weight_bytes())
+        return ours
 
     def official(self, **options: Any):
         """An official pipeline on random weights; a context."""
@@ -144,15 +151,18 @@ def ceilings(context: Context) -> None:
     context.emit(matmul=found["matmul"], copy=found["copy"])
     device, rows = set_up(), int(found["matmul"]["rows"])
     a, b = (torch.randn(rows, rows, device=device, dtype=getattr(torch, context.size.dtype)) for _ in range(2))
-    times = timing.measure(lambda: a @ b, warmup=3, calls=10, seconds=2, wait=wait)
+    calls = int(found["matmul"]["calls"])
+    times = timing.measure(lambda: [a @ b for _ in range(calls)], warmup=3, calls=10, seconds=2, wait=wait)
+    times = timing.Times.of(ms / calls for ms in times.ms)
     context.emit(torch_matmul=spent(times, 2.0 * rows**3))
 
 
 # MARK: ours
 
 
-def ours_dit(context: Context) -> None:
-    """A block of the transformer (steps and clean pass), a pass by how much it attends, a recache, growth, memory."""
+def ours_dit(context: Context, brief: bool = False) -> None:
+    """A block of the transformer (steps and clean pass); if not `brief`, a pass by how much it attends, a recache,
+    growth and memory too."""
     from longlive_jax.bench.machine import peak_memory
 
     size, ours = context.size, context.ours()
@@ -160,6 +170,8 @@ def ours_dit(context: Context) -> None:
     context.emit(compiled=ours.compiled)
     times, state = ours.blocks(state, size.blocks, seconds=20)
     context.emit(block=spent(times, block_flops(size)), memory=peak_memory())
+    if brief:
+        return
     for block in (5, 320):
         times, state = ours.blocks(ours.at_block(state, block), max(3, size.blocks // 3))
         context.emit(**{f"block_{block}": spent(times), f"memory_{block}": peak_memory()})
@@ -195,12 +207,57 @@ def ours_vae(context: Context) -> None:
 
 
 def ours_start(context: Context) -> None:
-    """A new process to its first pixels, when an earlier row has left its compiled programs in the cache."""
+    """Two new processes from a checkpoint folder to first pixels: without compiled programs, and with the first one's.
+
+    Raises:
+      RuntimeError: a start failed, or the second one compiled something.
+    """
+    from longlive_jax import checkpoint
+    from longlive_jax.bench import weights
+
+    with tempfile.TemporaryDirectory() as place:
+        folder, config = Path(place) / "checkpoint", context.size.config
+        start = time.perf_counter()
+        params = weights.host(config, context.size.dtype)
+        checkpoint.save(folder, config, params, provenance={"weights": weights.DESCRIPTION})
+        context.emit(weights=weights.DESCRIPTION, written_seconds=time.perf_counter() - start)
+        settings = context.settings | {"body": "start_from_checkpoint", "arguments": {"folder": str(folder)}}
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(Path(place) / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        for name in ("cold", "warm"):
+            into = Path(place) / f"{name}.jsonl"
+            env = os.environ | cache | {"ROW_STARTED": str(time.time())}
+            code = subprocess.run([sys.executable, __file__, json.dumps(settings), str(into)], env=env).returncode
+            figures: dict[str, Any] = {}
+            for line in into.read_text().splitlines() if into.exists() else ():
+                figures |= json.loads(line)
+            context.emit(**{name: figures})
+            if code:
+                raise RuntimeError(f"the {name} start ended with {code}")
+    compiled = [program for program, told in figures["compiled"].items() if told["cache"] != "hit"]
+    if compiled:
+        raise RuntimeError(f"the warm start compiled {', '.join(compiled)}: not warm")
+
+
+def start_from_checkpoint(context: Context, folder: str) -> None:
+    """Loads a checkpoint and makes a first block, in seconds since its process was asked for."""
     started = float(os.environ["ROW_STARTED"])
-    context.emit(imported_seconds=time.time() - started)
-    ours = context.ours()
+    import jax
     import numpy as np
 
+    from longlive_jax import checkpoint
+
+    jax.devices()
+    context.emit(device_ready_seconds=time.time() - started)
+    params = {part: checkpoint.load(folder, part, context.size.dtype) for part in ("transformer", "vae")}
+    checkpoint.checkpoint_hash(folder)  # `LongLivePipeline.from_pretrained` notes it, and it takes time
+    context.emit(loaded_seconds=time.time() - started)
+    ours = context.ours(params)
+    jax.block_until_ready(ours.params)
+    context.emit(on_device_seconds=time.time() - started)
     np.asarray(ours.step(ours.init(True), True, first=True)[1].frames)
     context.emit(first_frame_seconds=time.time() - started, compiled=ours.compiled)
 
@@ -309,7 +366,7 @@ def gemm_figures(context: Context, kind: str, draw, run, wait) -> None:
 
 
 def ours_error(context: Context) -> None:
-    """A first pass and a decode in this row's precision against float32, on the same rounded weights."""
+    """A first pass and a decode as this row's variant computes them against float32, on the same rounded weights."""
     import jax
     import jax.numpy as jnp
 
@@ -318,25 +375,33 @@ def ours_error(context: Context) -> None:
 
     config = context.size.config
     params = weights.ours(config, context.size.dtype)
-    narrow = Ours(config, params, context.size.dtype)
-    jax.config.update("jax_default_matmul_precision", "highest")
+    narrow = context.ours(params)
+    context.emit(dtype=context.size.dtype)
     wide = Ours(config, jax.tree.map(lambda a: a.astype(jnp.float32), params), jnp.float32)
-    outputs = [jax.device_get((Pass(m, m.init(False))(), m.decode_call()())) for m in (narrow, wide)]
-    context.emit(**errors(*zip(*outputs)), dtype=context.size.dtype)
+    flow = lambda model: jax.device_get(Pass(model, model.init(False))())
+    pixels = lambda model: jax.device_get(model.decode_call(floats=True)())
+    for part in (flow, pixels):
+        mine = part(narrow)
+        # Programs are traced when they are first called: set for longer, this would change ours too.
+        with jax.default_matmul_precision("highest"):
+            right = part(wide)
+        context.emit(**(flow_error if part is flow else pixel_error)(mine, right))
 
 
-def errors(flow, pixels=None) -> dict[str, float]:
-    """Relative L2 error of the flow, and PSNR of the pixels in [-1, 1]; first against second."""
+def flow_error(a, b) -> dict[str, float]:
+    """Relative L2 error of the first."""
     import numpy as np
 
-    found = {}
-    a, b = (np.asarray(x, np.float64) for x in flow)
-    found["flow_relative_l2"] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
-    if pixels is not None:
-        a, b = (np.asarray(x, np.float64) for x in pixels)
-        mean = float(np.mean((a - b) ** 2))
-        found["pixels_psnr_db"] = 10 * float(np.log10(4 / mean)) if mean else None
-    return found
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return {"flow_relative_l2": float(np.linalg.norm(a - b) / np.linalg.norm(b))}
+
+
+def pixel_error(a, b) -> dict[str, float | None]:
+    """PSNR of pixels in [-1, 1]; None if they are the same."""
+    import numpy as np
+
+    mean = float(np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2))
+    return {"pixels_psnr_db": 10 * float(np.log10(4 / mean)) if mean else None}
 
 
 # MARK: the official code
@@ -358,11 +423,18 @@ def stock_dit(context: Context, lora: bool = False, compiled: bool = False) -> N
 def stock_video(context: Context, lora: bool = True) -> None:
     """The official pipeline to uint8 pixels on the host: a clip decoded at the end, and a single block."""
     size = context.size
-    blocks = 6 if size.blocks < 10 else 20
+    blocks = 7 if size.blocks < 10 else 20
+    missing = (
+        "blocks have no arrival times: the clip is decoded at its end. `block` adds up a block's passes and its "
+        "decoding, which lie apart, with the window full; the way to the host is only in `ms_per_block`, a mean"
+    )
     with context.official(lora=lora, decode=True) as official:
         official.run(2, to_host=True)
         ms = official.run(blocks, to_host=True)
         context.emit(attention=official.attention, blocks=blocks, ms_per_block=ms / blocks, fps=12e3 * blocks / ms)
+        if (sums := official.block_sums()) is not None:
+            context.emit(block=spent(sums, block_flops(size) + vae_flops(size)))
+        context.emit(missing={"p50 and p95 of a block from pixels to pixels": missing})
         context.emit(
             first_frame=spent(timing.Times.of(official.run(1, to_host=True) for _ in range(3))), memory=torch_memory()
         )
@@ -397,10 +469,11 @@ def stock_error(context: Context) -> None:
     flows = []
     for dtype in (context.size.dtype, "float32"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        with context.official(dtype=dtype) as official, torch.no_grad():
+        with context.official(dtype=dtype, drawn=context.size.dtype) as official, torch.no_grad():
+            context.emit(**{f"attention_{dtype}": official.attention})
             official.run(1)
             flows.append(official.one_pass().float().cpu().numpy())
-    context.emit(**errors(flows), dtype=context.size.dtype)
+    context.emit(**flow_error(*flows), dtype=context.size.dtype)
 
 
 def torch_memory() -> dict[str, Any]:
@@ -419,7 +492,7 @@ def main(settings: dict[str, Any], into: Path) -> None:
             file.write(json.dumps(figures) + "\n")
 
     repo = None if settings["repo"] is None else Path(settings["repo"])
-    context = Context(Size.of(settings["rehearse"]), repo, settings["variant"], emit)
+    context = Context(Size.of(settings["rehearse"]), repo, settings["variant"], emit, settings)
     globals()[settings["body"]](context, **settings["arguments"])
 
 

@@ -70,27 +70,54 @@ def _version(name: str) -> str | None:
         return None
 
 
+MOST_AT_ONCE = 20
+"""Calls between two looks at the clock: with one, its start and the wait for it would count as the machine's."""
+
+
+def at_once(ms: float, seconds: float) -> int:
+    """How many calls of `ms` fill `seconds`; at least one."""
+    return max(1, min(MOST_AT_ONCE, int(1000 * seconds / ms)))
+
+
 def matmul_ceiling(dtype: Any, seconds: float = 0.05, largest: int = 8192) -> dict[str, float]:
-    """FLOP/s of a square matrix product, as large as takes `seconds` or `largest` rows; random numbers."""
+    """FLOP/s of a square matrix product, as large as takes `seconds` or `largest` rows; random numbers.
+
+    Quick ones are started one after another and waited for together; `calls` says how many.
+    """
     product = jax.jit(lambda a, b: a @ b)
     rows = 512
     while True:
         a, b = (jax.random.normal(jax.random.key(i), (rows, rows), dtype) for i in range(2))
         jax.block_until_ready(product(a, b))
-        if rows >= largest or once(lambda: product(a, b)) > 1000 * seconds:  # noqa: B023 - called at once
+        one = once(lambda: product(a, b))  # noqa: B023 - called at once
+        if rows >= largest or one > 1000 * seconds:
             break
         rows *= 2
-    times = measure(lambda: product(a, b), warmup=1, calls=10, seconds=20 * seconds)
-    speed = {"ms": times.p50, "flops_per_second": 2e3 * rows**3 / times.p50}
-    return {"rows": rows, "dtype": jnp.dtype(dtype).name} | speed
+    calls = at_once(one, seconds)
+    times = measure(lambda: [product(a, b) for _ in range(calls)], warmup=1, calls=10, seconds=20 * seconds)
+    ms = times.p50 / calls
+    return {
+        "rows": rows, "dtype": jnp.dtype(dtype).name, "calls": calls, "ms": ms, "flops_per_second": 2e3 * rows**3 / ms
+    }  # fmt: skip
 
 
-def copy_ceiling(megabytes: int) -> dict[str, float]:
-    """Bytes a second of an elementwise pass over an array, read and written ones counted."""
+def copy_ceiling(megabytes: int, seconds: float = 0.05) -> dict[str, float]:
+    """Bytes a second of an elementwise pass over an array, read and written ones counted; many at once if quick."""
     x = jnp.arange(megabytes * 2**20 // 4, dtype=jnp.float32)
-    step = jax.jit(lambda x: x + 1)
-    times = measure(lambda: step(x), warmup=2, calls=10, seconds=2)
-    return {"megabytes": megabytes, "ms": times.p50, "bytes_per_second": 2e3 * x.nbytes / times.p50}
+    size = x.nbytes
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)  # else calls that wait in the queue could hold an array each
+
+    def passes(count: int):
+        nonlocal x
+        for _ in range(count):
+            x = step(x)
+        return x
+
+    jax.block_until_ready(passes(1))
+    calls = at_once(once(lambda: passes(1)), seconds)
+    times = measure(lambda: passes(calls), warmup=2, calls=10, seconds=2)
+    ms = times.p50 / calls
+    return {"megabytes": megabytes, "calls": calls, "ms": ms, "bytes_per_second": 2e3 * size / ms}
 
 
 def ceilings(dtype: Any) -> dict[str, dict[str, float]]:
@@ -100,9 +127,10 @@ def ceilings(dtype: Any) -> dict[str, dict[str, float]]:
 
 
 def peak_memory() -> dict[str, int | str]:
-    """Most bytes in use so far: of the device where it says, else of this process, compiler included."""
+    """Most bytes in use so far: of the device where it says (and those in use now), else of this process, with the
+    compiler's."""
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
-        return {"bytes": stats["peak_bytes_in_use"], "of": "device"}
+        return {"bytes": stats["peak_bytes_in_use"], "now": stats["bytes_in_use"], "of": "device"}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "process"}

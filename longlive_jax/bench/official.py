@@ -1,8 +1,9 @@
 """The official PyTorch pipelines on random weights, timed: as shipped, with the LoRA merged, and compiled.
 
 As shipped, a LoRA lies over every linear layer of the blocks by peft, and a clip is decoded when all its latents are
-made. Merged means that there is no such layer. Attention is PyTorch's own (cuDNN's on a GPU), in place of
-flash-attention. Nothing of the clone is changed on disk or copied here.
+made. Merged means that there is no such layer. The transformer's attention is PyTorch's own (cuDNN's on a GPU), in
+place of flash-attention; the VAE's is left to PyTorch's choice, as shipped. Nothing of the clone is changed on disk or
+copied here.
 """
 
 from __future__ import annotations
@@ -20,37 +21,82 @@ import numpy as np
 import torch
 
 from longlive_jax.bench import weights
+from longlive_jax.bench.counts import tokens_per_frame
 from longlive_jax.bench.published import set_layout, set_up, wait
 from longlive_jax.bench.timing import Times, measure, now
 from longlive_jax.checkpoint import tensor_shapes
-from longlive_jax.config import SPATIAL_FACTOR, ModelConfig, SamplerConfig
+from longlive_jax.config import SPATIAL_FACTOR, ModelConfig, SamplerConfig, TransformerConfig
 from longlive_jax.conversion import tables
 from longlive_jax.conversion.convert import VAE_NAMES, Source
 from longlive_jax.conversion.official_capture import Clock
 from longlive_jax.conversion.official_pipeline import Parts, build
 from longlive_jax.conversion.official_repo import opened
+from longlive_jax.errors import UserError
 
 LORA_SHARE = 6
 """The width over the rank of LongLive's own LoRA (1536 over 256), which is on every linear layer of the blocks."""
 
 
 class BenchClock(Clock):
-    """The recorder's clock, told by the one that everything here is timed by."""
+    """The recorder's clock, told by the one that everything here is timed by.
 
-    def _now(self) -> float:
+    Attributes:
+      waits: whether both ends of a span are waited for. If not, a GPU is asked to note when it comes by, so that a
+        video is made without stops as it is without a clock; `settle` reads those notes.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.waits = True
+        self._noted: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def _now(self):
+        if not self.waits and self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
         wait(None)
         return now()
 
+    def start(self, name: str) -> None:
+        self._started[name] = self._now()
+
+    def stop(self, name: str) -> None:
+        start, end = self._started.pop(name), self._now()
+        if isinstance(end, float):
+            self.times.setdefault(name, []).append(1000 * (end - start))
+        else:
+            self._noted.append((name, start, end))
+
+    def settle(self) -> None:
+        """Turns what the GPU noted into times; it must have come by."""
+        for name, start, end in self._noted:
+            self.times.setdefault(name, []).append(start.elapsed_time(end))
+        self._noted.clear()
+
+    def watch(self, module: torch.nn.Module, name: str) -> None:
+        """Times each call of a module."""
+        module.register_forward_pre_hook(lambda *_: self.start(name))
+        module.register_forward_hook(lambda *_: self.stop(name))
+
 
 class RandomReader:
-    """Stands for a file of weights; see `Reader`."""
+    """Stands for a file of weights; see `Reader`.
 
-    def __init__(self, part: str, cfg: Any, dtype: torch.dtype):
+    Args:
+      part: of the model.
+      cfg: its sizes.
+      dtype: of the tensors.
+      drawn: what their numbers are rounded to first, by name; the dtype itself by default.
+    """
+
+    def __init__(self, part: str, cfg: Any, dtype: torch.dtype, drawn: str | None = None):
         self.shapes = tables.WAN[part](cfg).torch_shapes(tensor_shapes(part, cfg))
         self.kind = ml_dtypes.bfloat16 if dtype == torch.bfloat16 else np.float32
+        self.drawn = self.kind if drawn is None else np.dtype(drawn)
 
     def read(self, name: str) -> np.ndarray:
-        return weights.for_torch(name, self.shapes[name], self.kind)
+        return weights.for_torch(name, self.shapes[name], self.drawn).astype(self.kind, copy=False)
 
 
 @dataclasses.dataclass
@@ -61,7 +107,7 @@ class Official:
       pipeline: an official one.
       clock: its parts' times.
       sampler, size: settings, and [channels, rows, columns] of the latents.
-      attention: what computes it.
+      attention: what computes the transformer's.
     """
 
     pipeline: Any
@@ -86,6 +132,7 @@ class Official:
         decode: bool = False,
         interactive: bool = False,
         blocks: int = 40,
+        drawn: str | None = None,
     ) -> Iterator[Official]:
         """Builds one.
 
@@ -98,11 +145,12 @@ class Official:
           decode: whether there is a VAE.
           interactive: the pipeline that switches prompts.
           blocks: at most so many will be made at once.
+          drawn: what the transformer's weights are rounded to before they get `dtype`, by name.
         """
         device, kind = set_up(), getattr(torch, dtype)
         sampler, cfg = dataclasses.replace(sampler or config.sampler, rope="absolute"), config.transformer
         source = Source(
-            readers={"transformer": RandomReader("transformer", cfg, kind)},
+            readers={"transformer": RandomReader("transformer", cfg, kind, drawn)},
             configs={"transformer": cfg, "vae": config.vae},
         )
         embeds = _seeded(2, 1, cfg.text_length, cfg.text_dim).to(device, kind)
@@ -110,21 +158,25 @@ class Official:
             tempfile.TemporaryDirectory() as folder,
             opened(Path(repo), text=False, sdpa=True) as code,
             contextlib.redirect_stdout(sys.stderr),  # the official code tells its progress
-            _attention(device) as attention,
         ):
             if decode:
                 reader = RandomReader("vae", config.vae, torch.float32)
                 state = {name: torch.from_numpy(reader.read(name).copy()) for name in reader.shapes}
                 torch.save(state, Path(folder) / VAE_NAMES[0])
             clock = BenchClock(device)
-            parts = Parts(Path(folder), source, None, embeds, decode, device, kind, clock)
+            parts = Parts(Path(folder), source, None, embeds, decode, device, kind, clock, capture=False)
             pipeline = build(code, parts, sampler, blocks * sampler.block_frames, interactive)
+            if (decoder := getattr(getattr(pipeline.vae.vae, "model", None), "decoder", None)) is not None:
+                clock.watch(decoder, "decode_ms_per_latent")
             if lora:
                 pipeline.generator.model = _with_lora(pipeline.generator.model, cfg.dim // LORA_SHARE).to(device, kind)
             if compiled:
                 torch._dynamo.config.recompile_limit = 64  # indices into the cache are Python numbers until they repeat
                 for layer in pipeline.generator.model.blocks:
                     layer.compile(backend=_backend(device))
+            kernel, attention = _kernel(device, kind, cfg, sampler)
+            if kernel is not None:
+                _restrict(pipeline.generator, kernel)
             size = cfg.in_channels, sampler.height // SPATIAL_FACTOR, sampler.width // SPATIAL_FACTOR
             yield cls(pipeline, clock, sampler, size, device, kind, attention)
 
@@ -142,13 +194,28 @@ class Official:
             middle = blocks // 2 * self.sampler.block_frames
             call = {"text_prompts_list": [["0"], ["1"]], "switch_frame_indices": [middle]}
         self.clock.times.clear()
+        self.clock.waits = not to_host
         wait(None)
         start = now()
         video = self.pipeline.inference(noise=noise, **call)
         if to_host:
             (video * 255).round().to(torch.uint8).cpu()
         wait(None)
-        return 1000 * (now() - start)
+        ms = 1000 * (now() - start)
+        self.clock.settle()
+        return ms
+
+    def block_sums(self) -> Times | None:
+        """Of the video just made with `to_host`: a block's passes and its decoding, added up, with the window full.
+
+        The two lie apart, since a clip is decoded when all its latents are made, and the way to the host is in neither.
+        None if the decoder's calls could not be told apart.
+        """
+        passes, decodes = (self.clock.times.get(n, []) for n in ("dit_ms_per_block", "decode_ms_per_latent"))
+        frames, skip = self.sampler.block_frames, self.ramp_blocks()
+        if len(decodes) != frames * len(passes) or len(passes) <= skip:
+            return None
+        return Times.of(passes[i] + sum(decodes[frames * i : frames * (i + 1)]) for i in range(skip, len(passes)))
 
     def ramp_blocks(self) -> int:
         """Blocks until the window is full, and one more."""
@@ -217,16 +284,53 @@ def _seeded(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-@contextlib.contextmanager
-def _attention(device: torch.device) -> Iterator[str]:
-    """cuDNN's attention on a GPU; its name."""
+def _kernel(device: torch.device, dtype: torch.dtype, cfg: TransformerConfig, sampler: SamplerConfig):
+    """PyTorch's attention kernel for the transformer and its name in words; None where PyTorch is left to choose.
+
+    On a GPU the first that takes every shape of a video. It is tried, since what a kernel takes depends on versions,
+    and a figure must not say cuDNN where another one ran.
+
+    Raises:
+      UserError: none does.
+    """
+    words = "PyTorch's scaled_dot_product_attention"
     if device.type != "cuda":
-        yield "PyTorch's scaled_dot_product_attention"
-        return
+        return None, words
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        yield "cuDNN by PyTorch's scaled_dot_product_attention, in place of flash-attention"
+    # float32 is for reference values only: neither of the first two has it.
+    names = ("CUDNN_ATTENTION", "FLASH_ATTENTION") if dtype.itemsize == 2 else ("EFFICIENT_ATTENTION", "MATH")
+    block = sampler.block_frames * tokens_per_frame(cfg, sampler)
+    blocks = sampler.window // sampler.block_frames
+    faults = []
+    for name in names:
+        try:
+            for keys in (cfg.text_length, *(block * n for n in range(1, blocks + 1))):
+                q, k = (
+                    torch.zeros(1, length, cfg.num_heads, cfg.head_dim, device=device, dtype=dtype).transpose(1, 2)
+                    for length in (block, keys)
+                )
+                with sdpa_kernel(getattr(SDPBackend, name)):
+                    torch.nn.functional.scaled_dot_product_attention(q, k, k)
+            wait(None)
+            return getattr(SDPBackend, name), f"{name} by {words}, in place of flash-attention"
+        except RuntimeError as error:
+            faults.append(f"{name}: {str(error).splitlines()[0]}")
+    raise UserError(f"PyTorch has no attention kernel for the transformer here: {'; '.join(faults)}")
+
+
+def _restrict(generator: torch.nn.Module, kernel: Any) -> None:
+    """Lets the generator's passes use one attention kernel only. Around a pass and not around all that runs: the VAE's
+    one head of 384 is more than cuDNN and flash attention take."""
+    from torch.nn.attention import sdpa_kernel
+
+    forward = generator.forward
+
+    def restricted(*args, **kwargs):
+        with sdpa_kernel(kernel):
+            return forward(*args, **kwargs)
+
+    generator.forward = restricted
 
 
 def _with_lora(model: torch.nn.Module, rank: int) -> torch.nn.Module:

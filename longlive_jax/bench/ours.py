@@ -26,6 +26,7 @@ from longlive_jax.decoding.decoder import Decoder
 from longlive_jax.decoding.state import BlockOutput, DecodeState
 from longlive_jax.decoding.switch import how_to_recache
 from longlive_jax.models.layers import structure
+from longlive_jax.models.quantization import quantize_params, with_int8
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
 
@@ -39,6 +40,7 @@ class Variant:
     Attributes:
       transformer, vae, decoder: arguments of `WanTransformer`, `VAE` and `Decoder`, in place of the backend's choice.
       early_frames: see `ProgramConfig`.
+      quantize: a name of `longlive_jax.models.quantization.MATMULS`: the transformer's blocks in int8, multiplied so.
       env: environment, such as XLA_FLAGS; set by whoever starts the process, before JAX wakes up.
     """
 
@@ -46,6 +48,7 @@ class Variant:
     vae: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     early_frames: bool | None = None
+    quantize: str | None = None
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -54,12 +57,13 @@ class Ours:
 
     Args:
       config: sizes.
-      params: of "transformer" and "vae", layers stacked.
+      params: of "transformer" and "vae", layers stacked, in floats.
       dtype: of activations and cache.
       sampler: settings; the config's own by default. Positions are absolute.
       variant: see `Variant`.
 
     Attributes:
+      params: as its programs take them, on the device.
       compiled: for each program compiled so far, its seconds, and whether the cache on disk had it.
     """
 
@@ -79,20 +83,27 @@ class Ours:
         self.early_frames = chosen.early_frames
         layers = {"stacked": not chosen.unroll_layers, "split_kv": chosen.split_kv} | variant.transformer
         convolutions = {"impl": chosen.vae_conv} | variant.vae
-        transformer = structure(lambda: WanTransformer(config.transformer, rngs=nnx.Rngs(0), **layers))
+        network = lambda: WanTransformer(config.transformer, rngs=nnx.Rngs(0), **layers)
+        transformer = structure((lambda: with_int8(network(), variant.quantize)) if variant.quantize else network)
         vae = structure(lambda: VAE(config.vae, rngs=nnx.Rngs(0), **convolutions))
         make = functools.partial(
             Decoder, transformer, sampler=self.sampler, window=self.window, dtype=jnp.dtype(dtype).name,
             **variant.decoder,
         )  # fmt: skip
         self.decoder, self.blind = make(vae=vae), make(vae=None)
-        weights = params["transformer"] if layers["stacked"] else checkpoint.unstack(params["transformer"])
-        self.params = {"transformer": weights, "vae": params["vae"]}
+        quantized = jax.jit(quantize_params)  # compiled, so that no float32 copy of a part is ever held
+        weights = quantized(params["transformer"]) if variant.quantize else params["transformer"]
+        weights = weights if layers["stacked"] else checkpoint.unstack(weights)
+        self.params = jax.device_put({"transformer": weights, "vae": params["vae"]})
         cfg = config.transformer
         self.embeds = jax.random.normal(jax.random.key(0), (1, cfg.text_length, cfg.text_dim), jnp.float32)
         self.keys = jax.random.key(1)[None]
         self.compiled: dict[str, dict[str, Any]] = {}
         self._programs: dict[str, Any] = {}
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the arrays of each part."""
+        return {name: sum(leaf.nbytes for leaf in jax.tree.leaves(part)) for name, part in self.params.items()}
 
     # MARK: programs
 
@@ -213,21 +224,27 @@ class Ours:
             times[attended] = measure(run, warmup=1, calls=calls, seconds=seconds)
         return times
 
-    def decode_call(self) -> Callable[[], Any]:
-        """A call that decodes a block's latents in the middle of a video."""
-        graph, dtype = self.decoder.vae, self.decoder.dtype
+    def decode_call(self, floats: bool = False) -> Callable[[], Any]:
+        """A call that decodes a block's latents in the middle of a video to uint8, by the program of a stream.
+
+        `floats`: to [-1, 1] instead, for errors smaller than a step of uint8.
+        """
         shape = (1, self.window.block, *self.decoder.latent_size, self.config.vae.z_channels)
-        latents = jax.random.normal(jax.random.key(3), shape).astype(dtype)
+        latents = jax.random.normal(jax.random.key(3), shape)
         cache = self.init(True).vae
 
-        def run(vae, latents, cache):
-            return nnx.merge(graph, vae).decode(latents, cache, first=False)
+        def to_floats(params, latents, cache):
+            vae = nnx.merge(self.decoder.vae, params["vae"])
+            return vae.decode(latents.astype(self.decoder.dtype), cache, first=False)
 
-        decode = self.program("decode", run, self.params["vae"], latents, cache, donate=(2,))
+        to_uint8 = functools.partial(Decoder.pixels, self.decoder, first=False)
+        name, run = ("decode", to_floats) if floats else ("pixels, pixels=True, first=False", to_uint8)
+        # Not donated, as in `decoding.programs`: a convolution reads the old cache beside the new one.
+        decode = self.program(name, run, self.params, latents, cache)
 
         def call():
             nonlocal cache
-            pixels, cache = decode(self.params["vae"], latents, cache)
+            pixels, cache = decode(self.params, latents, cache)
             return pixels
 
         return call

@@ -36,8 +36,8 @@ def draw(shape: tuple[int, ...], scale: float, offset: float, dtype: Any) -> np.
     return np.resize(table, shape)
 
 
-def ours(config: ModelConfig, dtype: Any) -> dict[str, Any]:
-    """Parameters of the transformer and the VAE, on the device."""
+def host(config: ModelConfig, dtype: Any) -> dict[str, Any]:
+    """Parameters of the transformer and the VAE as numpy arrays, layers stacked."""
 
     def leaf(path, abstract):
         name = path[-1].key
@@ -47,7 +47,12 @@ def ours(config: ModelConfig, dtype: Any) -> dict[str, Any]:
         return draw(abstract.shape, 0.1, float(name in ("weight", "gamma")), dtype)
 
     parts = {name: checkpoint.abstract_params(name, getattr(config, name)) for name in ("transformer", "vae")}
-    return jax.device_put(jax.tree_util.tree_map_with_path(leaf, parts))
+    return jax.tree_util.tree_map_with_path(leaf, parts)
+
+
+def ours(config: ModelConfig, dtype: Any) -> dict[str, Any]:
+    """The same on the device."""
+    return jax.device_put(host(config, dtype))
 
 
 def for_torch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

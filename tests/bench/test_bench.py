@@ -26,6 +26,13 @@ def test_percentiles_and_pairs():
     assert pair.ratios == (2, 2, 2) and pair.ratio == 2
 
 
+def test_ceilings_are_of_calls_that_together_take_a_while():
+    assert [machine.at_once(ms, 0.05) for ms in (0.1, 10, 200)] == [machine.MOST_AT_ONCE, 5, 1]
+    product, copy = machine.matmul_ceiling("float32", 0.002, largest=1024), machine.copy_ceiling(1, 0.002)
+    assert product["flops_per_second"] == pytest.approx(2 * product["rows"] ** 3 / product["ms"] * 1000)
+    assert copy["bytes_per_second"] == pytest.approx(2 * 2**20 / copy["ms"] * 1000) and copy["calls"] >= 1
+
+
 def test_in_turn_begins_and_ends_with_the_first():
     order = []
     call = lambda name: lambda: order.append(name) or 1.0
@@ -75,6 +82,24 @@ def test_the_json_has_every_key(tiny_checkpoint, tmp_path, capsys):
     assert set(compiled["programs_warm"]) <= set(compiled["programs"])
     assert "8 pixel frames of 32 x 32" in results["definitions"]["block"]
     assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_without_diffusers_the_official_parts_count(monkeypatch, tiny_config):
+    import dataclasses
+
+    from longlive_jax.bench import official
+
+    sampler = dataclasses.replace(tiny_config.sampler, rope="absolute")
+    plan = report.Plan(
+        tiny_config, sampler, "float32", "", dict, blocks=3, seconds=1, torch_repo=STAND_IN, torch_compile=False
+    )
+    # The stand-in has no VAE that could decode.
+    calls = {"stock": lambda: lambda: None, "block, channels-last, compiled": lambda: 1 / 0}
+    monkeypatch.setattr(official, "vae_decodes", lambda *_: calls)
+    found = report._against_parts(plan, {"end_to_end_ms_per_block": 2.0}, lambda line: None)
+    assert set(found["official_vae"]) == {"stock"}, "compiled only where it was asked for"
+    vae = found["official_vae"]["stock"]["p50_ms"]
+    assert found["end_to_end_vs_torch"] == pytest.approx((found["official_dit"]["p50_ms"] + vae) / 2)
 
 
 def test_a_model_that_would_take_hours_is_refused(monkeypatch, capsys):
