@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from longlive_jax.cli import main
 from longlive_jax.conversion.lora import merge, open_lora
 from longlive_jax.training.stage_config import LongTrainConfig
 from longlive_jax.training.stages.distillation import LongStage
-from longlive_jax.training.streams import each, keys_of
+from longlive_jax.training.streams import axes, each, keys_of
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STARTS = {
@@ -165,13 +166,20 @@ def test_parts_of_a_distillation_step_fit_together(tmp_path):
     batch = jax.tree.map(lambda a: a[None], stage.collate([source[i] for i in range(2)]))
     batch = each(lambda a: a[0], stage.parted(batch))
     carry = each(lambda a: a[0, 0], stage.carry(stage.config.phases[0]))
+    told = carry, batch, keys_of(jax.random.key(0))
     frames = stage.config.distillation.chunk_frames
     for first in (True, False):
-        made = {}
+        made, abreast, along = {}, {}, {}
         for part in stage._parts(first):
-            made[part.name] = jax.eval_shape(
-                part.function, learners | frozen, carry, batch, keys_of(jax.random.key(0)), made
-            )  # fmt: skip
+            made[part.name] = jax.eval_shape(part.function, learners | frozen, *told, made)
+            # And side by side, as on a mesh: what streams share stays shared.
+            over = jax.vmap(part.function, in_axes=(None, *map(axes, told), dict(along)), out_axes=part.axes)
+            rows = [each(lambda a: jnp.broadcast_to(a, (2, *a.shape)), tree) for tree in told]
+            abreast[part.name] = jax.eval_shape(over, learners | frozen, *rows, abreast)
+            along[part.name] = part.axes
+        state, _, draws, tape = abreast["rollout"]
+        assert state.position.shape == state.switched.shape == draws.rollout.exit_step.shape == ()
+        assert tape.prompt.shape == made["rollout"][3].prompt.shape and tape.x.shape[0] == 2
         assert list(made) == ["rollout", "vae", "teacher", "generator_backward", "critic"]
         assert made["vae"][0].shape == (2, frames, 8, 8, 16)
         assert [flow.shape for flow in made["teacher"]] == [(2, frames, 8, 8, 16)] * 2, "guided: two passes"
