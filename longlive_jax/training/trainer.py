@@ -36,7 +36,7 @@ from longlive_jax.training.footprint import check_memory
 from longlive_jax.training.learner import Learner, TrainState
 from longlive_jax.training.metrics import Metrics
 from longlive_jax.training.optimizer import make_optimizer
-from longlive_jax.training.runs import claim, plain, shorten, shortened
+from longlive_jax.training.runs import claim, plain, release, shorten, shortened
 from longlive_jax.training.stages.base import Stage
 from longlive_jax.training.step import DEVICES, Teaching, arrange, gathered, make_step, own_places, put
 from longlive_jax.video import VideoWriter, contact_sheet, save_image
@@ -69,10 +69,11 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
       resume: whether `output` holds a run to go on with.
 
     Returns:
-      The checkpoint folder.
+      The checkpoint folder; None if `run.minutes` were over before the end. Then all is saved; `resume` goes on.
 
     Raises:
-      UserError: the run cannot start, or came to nothing; the last good checkpoint is named.
+      UserError: the run cannot start, or came to nothing; the last good checkpoint is named. An output in which
+        nothing was saved is free again.
       Interrupted: a signal came. All is saved; `resume` goes on.
     """
     output = Path(output)
@@ -99,6 +100,9 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
         checkpoints.wait()
         last = checkpoints.latest_path
         note = f"last good checkpoint: {last}; go on with --resume" if last else "no checkpoint was written yet"
+        failed = not isinstance(error, (TimeOver, Interrupted))
+        if failed and last is None and not resume and jax.process_index() == 0:
+            release(output)
         if isinstance(error, UserError):
             raise UserError(f"{error} ({note})") from error
         reporter.say(note)
@@ -119,8 +123,8 @@ class _Loop:
     def __init__(self, stage: Stage, output: Path, reporter: Reporter, checkpoints: Checkpoints, mesh: Mesh | None):
         self.stage, self.config, self.output, self.mesh = stage, stage.config, output, mesh
         self.reporter, self.checkpoints = reporter, checkpoints
-        params, frozen = stage.parameters()
         self.lengths = shortened(output)
+        params, frozen = stage.parameters()
         self.frozen = put(jax.tree.map(lambda a: a.astype(self.config.run.dtype), frozen), mesh)
         self.names = tuple(params)
         self.iterator = None
