@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from longlive_jax.errors import UserError
 from longlive_jax.training.tensorboard import Board
@@ -83,6 +84,24 @@ class Metrics:
             f"warning: TensorBoard files cannot be written to {folder} ({error.strerror}) and are given up; training "
             f"goes on, figures go to {self.path}"
         )
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Figures of several steps as one line: means over the steps that have them.
+
+    But `skipped` is how many updates were left out, and `skipped_in_a_row` what it was in the end: a learner that
+    learns in every fifth step is in few of the rows, and seldom in the last.
+    """
+    figures = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [float(row[name]) for row in rows if name in row]
+        if name.endswith("skipped_in_a_row"):
+            figures[name] = values[-1]
+        elif name.endswith("skipped"):  # the learner's own is a count since its phase began
+            figures[name] = float(sum(row.get(f"{name}_in_a_row", 0) > 0 for row in rows))
+        else:
+            figures[name] = sum(values) / len(values)
+    return figures
 
 
 def drop_after(path: Path, step: int) -> None:

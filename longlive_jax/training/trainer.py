@@ -34,7 +34,7 @@ from longlive_jax.training.checkpointing import Checkpoints
 from longlive_jax.training.flops import count_flops, peak_flops
 from longlive_jax.training.footprint import check_memory
 from longlive_jax.training.learner import Learner, TrainState
-from longlive_jax.training.metrics import Metrics
+from longlive_jax.training.metrics import Metrics, summary
 from longlive_jax.training.optimizer import make_optimizer
 from longlive_jax.training.runs import claim, plain, release, shorten, shortened
 from longlive_jax.training.stages.base import Stage
@@ -316,15 +316,13 @@ class _Loop:
         return total * self.config.run.streams
 
     def _log(self, phase) -> float:
-        """A line of the figures since the last: means over the steps, and where the time went.
+        """A line of the figures since the last (`metrics.summary`), and where the time went.
 
         Returns:
           Seconds a step.
         """
         rows = jax.device_get(self.pending)
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        figures = {n: float(np.mean([row[n] for row in rows if n in row])) for n in names}
-        figures |= {n: float(rows[-1][n]) for n in names if "skipped" in n and n in rows[-1]}
+        figures = summary(rows)
         elapsed, n = time.monotonic() - self.marked, len(rows)
         rest = sum(self.clock.values())
         figures["seconds"] = elapsed / n
@@ -332,7 +330,8 @@ class _Loop:
         figures |= {f"seconds_{name}": seconds / n for name, seconds in self.clock.items()}
         figures["seconds_step"] = (elapsed - rest) / n
         figures["flops_per_second"] = figures["flops"] / max(figures["seconds_step"], 1e-9)
-        peak = peak_flops(jax.devices()[0].device_kind, self.config.run.dtype)
+        given = self.config.run.device_tflops
+        peak = 1e12 * given if given else peak_flops(jax.devices()[0].device_kind, self.config.run.dtype)
         if peak is not None:
             figures["mfu"] = figures["flops_per_second"] / (peak * self.config.run.devices)
         if self.metrics is not None:

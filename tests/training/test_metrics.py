@@ -1,5 +1,6 @@
 """Event files for TensorBoard, and a disk that is full; figures of a window of steps."""
 
+import dataclasses
 import json
 import resource
 import socket
@@ -7,10 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from toy_stage import Silent, ToyConfig, ToyPhase, ToyStage
 
+from longlive_jax.errors import UserError
 from longlive_jax.training import tensorboard
-from longlive_jax.training.metrics import Metrics
+from longlive_jax.training.metrics import Metrics, summary
+from longlive_jax.training.step import Turn
+from longlive_jax.training.trainer import train
 
 RECORDS = """
 import sys
@@ -101,3 +107,54 @@ def test_a_run_that_goes_on_keeps_the_file_before(tmp_path, monkeypatch):
     assert [path.name for path in files(tmp_path)] == [
         f"events.out.tfevents.1.{socket.gethostname()}.{process}" for process in (1, 2)
     ]
+
+
+# MARK: several steps as one line
+
+
+def test_skipped_updates_are_counted_and_not_averaged():
+    rows = [{"loss": 1.0, "skipped": 5, "skipped_in_a_row": 2, "critic_skipped": 1, "critic_skipped_in_a_row": 0}]
+    rows += [{"critic_skipped": 2, "critic_skipped_in_a_row": 1}] * 2
+    rows += [{"loss": 3.0, "skipped": 6, "skipped_in_a_row": 3, "critic_skipped": 3, "critic_skipped_in_a_row": 0}]
+    rows += [{"critic_skipped": 3, "critic_skipped_in_a_row": 0}]
+    assert summary(rows) == {
+        "loss": 2.0, "skipped": 2, "skipped_in_a_row": 3, "critic_skipped": 2, "critic_skipped_in_a_row": 0
+    }  # fmt: skip
+
+
+class Seldom(ToyStage):
+    """The student learns in every third step, from a loss that is not a number; the critic in every step."""
+
+    def shapes(self):
+        learners, frozen = super().shapes()
+        return learners | {"critic": learners["toy"]}, frozen
+
+    def parameters(self):
+        learners, frozen = super().parameters()
+        return learners | {"critic": {"w": np.zeros(self.config.width, np.float32)}}, frozen
+
+    def turns(self, phase, step, *, plain=False):
+        both = Turn("toy", self._turns(True)[0].loss), Turn("critic", self._turns(False)[0].loss, "critic_")
+        return self.kept.setdefault(step % 3 == 0, both if step % 3 == 0 else both[1:])
+
+    @property
+    def kept(self):
+        return self.__dict__.setdefault("_kept", {})
+
+
+def test_a_student_that_never_learns_is_seen_whenever_it_learns(tmp_path):
+    """Its fourth skip in a row is in step 10; steps 11 and 12 are the critic's alone."""
+    config = dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 18),))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, log_every=6, max_skips=4))
+    with pytest.raises(UserError, match="^4 updates in a row .* at step 12"):
+        train(Seldom(config, tmp_path), tmp_path, Silent())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["skipped"], r["skipped_in_a_row"], r["critic_skipped"]) for r in lines] == [(2, 2, 0), (2, 4, 0)]
+
+
+def test_mfu_of_a_device_that_is_told(tmp_path):
+    config = dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 2),))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, device_tflops=1e-6))
+    train(ToyStage(config, tmp_path), tmp_path, Silent())
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
+    assert last["mfu"] == pytest.approx(last["flops_per_second"] / 1e6)
