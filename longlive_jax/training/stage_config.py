@@ -68,11 +68,12 @@ class StageConfig:
     def shrunk(self) -> StageConfig:
         """The same stage at sizes that run through in seconds on a CPU, one device whatever the mesh was."""
         # The last phase alone: every phase is a program to compile, which is what takes the time.
-        # Two samples: as two streams where there were several, so that what is tried out is what will be run.
+        # Two samples: as two streams where there were several, so that what is tried out is what will be run. The parts
+        # of the first step are timed, where there are any, whatever the settings say.
         phases = tuple(dataclasses.replace(p.shrunk(), batch_size=2) for p in self.phases[-1:])
         run = dataclasses.replace(
             self.run, streams=min(self.run.streams, 2), data=1, fsdp=1, save_every=2, log_every=1, validate_every=0,
-            split_every=min(self.run.split_every, 2), device_gib=None, wandb=None,
+            split_every=2, device_gib=None, wandb=None,
         )  # fmt: skip
         return dataclasses.replace(
             self, phases=phases, optimizer=dataclasses.replace(self.optimizer, warmup=0), run=run, **self._tiny()
