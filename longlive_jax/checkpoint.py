@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -312,6 +313,38 @@ def checkpoint_hash(folder: str | os.PathLike) -> str:
     tokenizer = Path(folder) / "tokenizer.json"
     digest.update(tokenizer.read_bytes() if tokenizer.is_file() else b"")
     return digest.hexdigest()
+
+
+def has_part(folder: str | os.PathLike, part: str) -> bool:
+    """Whether a folder holds a part: one may be left out, and the folder that training a VAE leaves has no other."""
+    return getattr(load_config(folder), part) is not None and any(Path(folder).glob(f"{part}.safetensors*"))
+
+
+COMPARED = 2**22
+"""Elements of the largest tensor whose values `same_part` reads: all of a small model, the norms of a large one."""
+
+
+def same_part(one: str | os.PathLike, two: str | os.PathLike, part: str) -> bool:
+    """Whether two folders hold the same weights of a part, each in its own dtype.
+
+    Quick: it reads the tensors' hashes from the headers; values only of small tensors that have none, or another dtype
+    in the other folder. Of an int8 and a float folder only what is not quantised is compared.
+    """
+    if to_dict(getattr(load_config(one), part)) != to_dict(getattr(load_config(two), part)):
+        return False
+    files = [SafetensorsPart.open(Path(folder) / f"{part}.safetensors") for folder in (one, two)]
+    hashes = [{n: h for file in f.files for n, h in file.metadata.items() if n in f.shapes} for f in files]
+    for name, shape in files[0].shapes.items():
+        if name not in files[1].shapes:
+            continue
+        if files[0].dtypes[name] == files[1].dtypes[name] and all(name in h for h in hashes):
+            if hashes[0][name] != hashes[1][name]:
+                return False
+        elif math.prod(shape) <= COMPARED:
+            first, second = (np.asarray(f.read(name), np.float32) for f in files)
+            if not np.allclose(first, second, rtol=2.0**-7, atol=1e-6):  # bfloat16 has eight bits
+                return False
+    return True
 
 
 def verify(

@@ -152,6 +152,10 @@ class PromptTokenizer:
         """The text of a row of ids, without padding and `</s>`."""
         return self._tokenizer.decode([int(i) for i in ids if i not in (self.pad_id, self.eos_id)])
 
+    def same_as(self, other: Self) -> bool:
+        """Whether both have the same pieces and rules; how long they make a prompt does not count."""
+        return self._tokenizer.to_str() == other._tokenizer.to_str()
+
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes `tokenizer.json` into `folder`, whole or not at all; returns its path."""
         path = Path(folder) / "tokenizer.json"

@@ -28,7 +28,10 @@ def _command(args: list[str]):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line; exits 0 on success, 1 on a user's error, 2 on wrong usage, 130 on Ctrl-C."""
+    """Runs the command line; exits 0 on success, 1 on a user's error, 2 on wrong usage, 130 on Ctrl-C.
+
+    Training that ended in time and is not done exits 3.
+    """
     args = sys.argv[1:] if args is None else args
     try:
         command = tyro.cli(_command(args), prog="longlive", args=args, config=(tyro.conf.FlagCreatePairsOff,))

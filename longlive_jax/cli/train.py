@@ -20,10 +20,14 @@ from longlive_jax.errors import UserError
 from longlive_jax.training.config_files import read_config
 from longlive_jax.training.stage_config import STAGES, StageConfig
 
+UNFINISHED = 3
+"""Exit status of a run that ended in time, saved, before its last step: in a script, what needs its checkpoint must not
+begin."""
+
 
 @dataclasses.dataclass
 class StageRun:
-    """One stage, run.
+    """One stage, run. Exits 3 when `run.minutes` were over before its end.
 
     Attributes:
       output: folder of the run; the checkpoint that the stage ends with is its `checkpoint/`.
@@ -66,7 +70,9 @@ class StageRun:
         with ConsoleReporter(self.settings.steps, quiet=not first) as reporter:
             stage = stage_of(self.settings, self.output, reporter.say)
             folder = train(stage, self.output, reporter, resume=self.resume)
-        if folder is not None and first:
+        if folder is None:
+            return UNFINISHED
+        if first:
             steps = load_provenance(folder)["steps"]
             print(f"{folder}: stage {self.settings.stage} is done after {steps} steps")
         return 0

@@ -6,10 +6,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from longlive_jax.errors import UserError
+from longlive_jax.training.tensorboard import Board
 
 
 class Metrics:
@@ -19,7 +21,7 @@ class Metrics:
       folder: gets `metrics.jsonl` and `tensorboard/`.
       start: steps done; lines after it, of a run that was killed before its next checkpoint, are dropped.
       say: gets a warning when a figure cannot be written.
-      tensorboard: write it, if tensorboardX can be imported.
+      tensorboard: write it, if tensorboardX can be imported; given up at the first error, which is said.
       wandb: project, or None.
       config: settings of the run, for Weights & Biases.
     """
@@ -37,7 +39,7 @@ class Metrics:
         self.path = Path(folder) / "metrics.jsonl"
         self._say, self._warned = say, False
         drop_after(self.path, start)
-        self._board = _tensorboard(folder, start) if tensorboard else None
+        self._board = self._tensorboard(Path(folder) / "tensorboard", start) if tensorboard else None
         self._wandb = _wandb(wandb, folder, config) if wandb else None
 
     def write(self, step: int, figures: dict[str, float | str]) -> None:
@@ -48,24 +50,58 @@ class Metrics:
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")
-            if self._board is not None:
-                for name, value in numbers.items():
-                    self._board.add_scalar(name, value, step)
         except OSError as error:
             if not self._warned:
                 self._say(f"warning: figures cannot be written to {self.path} ({error.strerror}); training goes on")
             self._warned = True
+        if self._board is not None:
+            try:
+                self._board.write(step, numbers)
+            except OSError as error:
+                self._give_up(self._board.folder, error)
+                self._board.drop()
+                self._board = None
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
         if self._board is not None:
-            try:
-                self._board.close()
-            except OSError:
-                pass
+            self._board.drop()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _tensorboard(self, folder: Path, start: int) -> Board | None:
+        try:
+            return Board(folder, start)
+        except ImportError:
+            return None
+        except OSError as error:
+            self._give_up(folder, error)
+            return None
+
+    def _give_up(self, folder: Path, error: OSError) -> None:
+        self._say(
+            f"warning: TensorBoard files cannot be written to {folder} ({error.strerror}) and are given up; training "
+            f"goes on, figures go to {self.path}"
+        )
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Figures of several steps as one line: means over the steps that have them.
+
+    But `skipped` is how many updates were left out, and `skipped_in_a_row` what it was in the end: a learner that
+    learns in every fifth step is in few of the rows, and seldom in the last.
+    """
+    figures = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [float(row[name]) for row in rows if name in row]
+        if name.endswith("skipped_in_a_row"):
+            figures[name] = values[-1]
+        elif name.endswith("skipped"):  # the learner's own is a count since its phase began
+            figures[name] = float(sum(row.get(f"{name}_in_a_row", 0) > 0 for row in rows))
+        else:
+            figures[name] = sum(values) / len(values)
+    return figures
 
 
 def drop_after(path: Path, step: int) -> None:
@@ -85,14 +121,6 @@ def drop_after(path: Path, step: int) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); free some space") from error
     os.replace(temporary, path)
-
-
-def _tensorboard(folder: Path, start: int):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1)
 
 
 def _wandb(project: str, folder: Path, config: dict | None):

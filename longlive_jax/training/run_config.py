@@ -73,7 +73,11 @@ class RunConfig:
       minutes: stop after this long, with a checkpoint to go on from.
       workers: processes that draw data; 0 for two threads (of grain, where that is installed).
       split_every: steps between timing passes, which run the parts of a step (rollout, teacher ...) apart; 0 for none.
+        A pass takes about as long as a step in which the student learns. The first, at the start of the run, also
+        compiles every part, which together takes about as long as the programs of the steps.
       device_gib: memory of a device, to check a run for other machines; None for what this one has.
+      device_tflops: peak of one device in `dtype`, in 10^12 FLOP/s, for the figure `mfu`; None for that of known
+        devices in bfloat16 (`flops.PEAKS`), without which there is no such figure.
       max_skips: updates skipped in a row before the run gives up.
       tensorboard: write TensorBoard files where tensorboardX is installed.
       wandb: Weights & Biases project to log to.
@@ -93,6 +97,7 @@ class RunConfig:
     workers: int = 0
     split_every: int = 0
     device_gib: float | None = None
+    device_tflops: float | None = None
     max_skips: int = 20
     tensorboard: bool = True
     wandb: str | None = None
@@ -103,7 +108,7 @@ class RunConfig:
             require(faults, getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; 1 or more is needed")
         for name in ("seed", "validate_every", "workers", "split_every"):
             require(faults, getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; 0 or more is allowed")
-        for name in ("minutes", "device_gib"):
+        for name in ("minutes", "device_gib", "device_tflops"):
             value = getattr(self, name)
             require(faults, value is None or value > 0, f"{name} is {value}; above 0 is needed")
         if self.dtype not in DTYPES:
@@ -122,7 +127,7 @@ class RunConfig:
 
 
 HARMLESS = (
-    "save_every", "keep", "log_every", "validate_every", "minutes", "workers", "split_every", "device_gib", "max_skips",
-    "tensorboard", "wandb",
+    "save_every", "keep", "log_every", "validate_every", "minutes", "workers", "split_every", "device_gib",
+    "device_tflops", "max_skips", "tensorboard", "wandb",
 )  # fmt: skip
 """Fields of `RunConfig` that may differ when a run goes on: they change no number."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -38,29 +40,53 @@ def shortened(output: Path) -> dict[str, int]:
 
 
 def shorten(output: Path, phase: str, steps: int) -> None:
-    """Notes that a phase has fewer steps: a run that goes on must follow the same learning rate."""
+    """Notes that a phase has fewer steps: a run that goes on must follow the same learning rate.
+
+    Raises:
+      UserError: it cannot be written; without the note the run could not go on as it began.
+    """
     path = Path(output) / "run.json"
-    values = json.loads(path.read_text("utf-8"))
-    _write(path, values | {"shortened": values.get("shortened", {}) | {phase: steps}})
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        _write(path, values | {"shortened": values.get("shortened", {}) | {phase: steps}})
+    except OSError as error:
+        raise UserError(
+            f"cannot note in {path} that phase {phase} has {steps} steps ({error.strerror}); free some space"
+        ) from error
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def claim(output: Path, config: StageConfig, sources: dict[str, str], *, resume: bool) -> None:
-    """Makes the folder of a new run, or checks that the one there is the run to go on with."""
+    """Makes the folder of a new run, or checks that the one there is the run to go on with.
+
+    Raises:
+      UserError: the folder holds another run, cannot be written, or what this one began with has changed.
+    """
     path = Path(output) / "run.json"
     if resume:
         old = stored_config(output, type(config))
         changed = differences(plain(old), plain(config))
-        began_with = json.loads(path.read_text("utf-8"))["sources"]
+        stored = json.loads(path.read_text("utf-8"))
+        began_with = stored["sources"]
         changed += [
             f"the checkpoint given as {role} is another one"
             for role in sorted(began_with.keys() | sources.keys())
             if began_with.get(role) != sources.get(role)
+        ]
+        prompts = stored.get("prompts", {})  # runs of before have no such hashes
+        changed += [
+            f"the prompts in {name} are others"
+            for name, value in _hashes(config).items()
+            if prompts.get(name, value) != value
         ]
         if changed:
             raise UserError(
@@ -70,12 +96,32 @@ def claim(output: Path, config: StageConfig, sources: dict[str, str], *, resume:
         return
     if path.exists():
         raise UserError(f"{output} holds a run and is kept; go on with it by --resume, or choose another --output")
-    values = {"stage": config.stage, "config": to_dict(config), "sources": sources, "versions": versions()}
+    values = {
+        "stage": config.stage, "config": to_dict(config), "sources": sources, "prompts": _hashes(config),
+        "versions": versions(),
+    }  # fmt: skip
     try:
         output.mkdir(parents=True, exist_ok=True)
         _write(path, values)
     except OSError as error:
         raise UserError(f"cannot write {output} ({error.strerror}); give another --output") from error
+
+
+def release(output: Path) -> None:
+    """Undoes `claim` for a run that failed before it saved anything: its folder is free for a corrected one."""
+    with contextlib.suppress(OSError):
+        (Path(output) / "run.json").unlink()
+
+
+def _hashes(config: StageConfig) -> dict[str, str]:
+    """sha256 of the prompt files of a stage that has any, by their names in the settings."""
+    found = {}
+    for name in getattr(config, "prompts", ()):
+        try:
+            found[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"cannot read {name} ({error.strerror}); check --prompts") from error
+    return found
 
 
 def plain(config: StageConfig) -> dict[str, Any]:

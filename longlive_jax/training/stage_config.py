@@ -66,20 +66,18 @@ class StageConfig:
         return sum(phase.steps for phase in self.phases)
 
     def shrunk(self) -> StageConfig:
-        """The same stage at sizes that run through in seconds on a CPU."""
+        """The same stage at sizes that run through in seconds on a CPU, one device whatever the mesh was."""
         # The last phase alone: every phase is a program to compile, which is what takes the time.
-        # Bigger batches where there are more streams, so that what is tried out is what will be run.
-        phases = tuple(
-            dataclasses.replace(p.shrunk(), batch_size=max(2, self.run.streams) // self.run.streams * self.run.streams)
-            for p in self.phases[-1:]
-        )
-        return dataclasses.replace(
-            self, phases=phases, optimizer=dataclasses.replace(self.optimizer, warmup=0),
-            run=dataclasses.replace(
-                self.run, save_every=2, log_every=1, validate_every=0, split_every=0, wandb=None
-            ),
-            **self._tiny(),
+        # Two samples: as two streams where there were several, so that what is tried out is what will be run. The parts
+        # of the first step are timed, where there are any, whatever the settings say.
+        phases = tuple(dataclasses.replace(p.shrunk(), batch_size=2) for p in self.phases[-1:])
+        run = dataclasses.replace(
+            self.run, streams=min(self.run.streams, 2), data=1, fsdp=1, save_every=2, log_every=1, validate_every=0,
+            split_every=2, device_gib=None, wandb=None,
         )  # fmt: skip
+        return dataclasses.replace(
+            self, phases=phases, optimizer=dataclasses.replace(self.optimizer, warmup=0), run=run, **self._tiny()
+        )
 
     def _tiny(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -253,6 +251,7 @@ class DistillTrainConfig(ModelTrainConfig):
     """
 
     phases: tuple[DistillPhase, ...] = ()
+    run: RunConfig = RunConfig(split_every=200)
     # LongLive 1.0's: no first moment, constant rate.
     optimizer: OptimizerConfig = OptimizerConfig(b1=0.0, b2=0.999, clip=10.0, warmup=0, ema=0.0)
     sampler: SamplerConfig = dataclasses.replace(SamplerConfig.sprites(), rope="absolute")
@@ -285,8 +284,11 @@ class DistillTrainConfig(ModelTrainConfig):
         tiny = super()._tiny()
         # A video of two chunks, one a turn: every step is the same program.
         chunks = 2 if self.distillation.max_frames > self.distillation.chunk_frames else 1
+        chunk = 2 * block
+        if self.distillation.quirks.sink == "zero":  # its first chunk fills the window
+            chunk = max(chunk, -(-sampler.get("window", 0) // block) * block)
         distillation = dataclasses.replace(
-            self.distillation, chunk_frames=2 * block, new_frames=block, max_frames=(1 + chunks) * block
+            self.distillation, chunk_frames=chunk, new_frames=block, max_frames=chunk + (chunks - 1) * block
         )
         return tiny | {
             "sampler": dataclasses.replace(tiny["sampler"], **sampler), "teacher": None, "critic": None,

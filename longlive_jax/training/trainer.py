@@ -35,9 +35,9 @@ from longlive_jax.training.checkpointing import Checkpoints
 from longlive_jax.training.flops import count_flops, peak_flops
 from longlive_jax.training.footprint import check_memory
 from longlive_jax.training.learner import Learner, TrainState
-from longlive_jax.training.metrics import Metrics
+from longlive_jax.training.metrics import Metrics, summary
 from longlive_jax.training.optimizer import make_optimizer
-from longlive_jax.training.runs import claim, plain, shorten, shortened
+from longlive_jax.training.runs import claim, plain, release, shorten, shortened
 from longlive_jax.training.stages.base import Stage
 from longlive_jax.training.step import DEVICES, Teaching, arrange, gathered, make_step, own_places, put
 from longlive_jax.training.streams import axes, each, keys_of
@@ -71,10 +71,11 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
       resume: whether `output` holds a run to go on with.
 
     Returns:
-      The checkpoint folder.
+      The checkpoint folder; None if `run.minutes` were over before the end. Then all is saved; `resume` goes on.
 
     Raises:
-      UserError: the run cannot start, or came to nothing; the last good checkpoint is named.
+      UserError: the run cannot start, or came to nothing; the last good checkpoint is named. An output in which
+        nothing was saved is free again.
       Interrupted: a signal came. All is saved; `resume` goes on.
     """
     output = Path(output)
@@ -101,6 +102,9 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
         checkpoints.wait()
         last = checkpoints.latest_path
         note = f"last good checkpoint: {last}; go on with --resume" if last else "no checkpoint was written yet"
+        failed = not isinstance(error, (TimeOver, Interrupted))
+        if failed and last is None and not resume and jax.process_index() == 0:
+            release(output)
         if isinstance(error, UserError):
             raise UserError(f"{error} ({note})") from error
         reporter.say(note)
@@ -121,8 +125,8 @@ class _Loop:
     def __init__(self, stage: Stage, output: Path, reporter: Reporter, checkpoints: Checkpoints, mesh: Mesh | None):
         self.stage, self.config, self.output, self.mesh = stage, stage.config, output, mesh
         self.reporter, self.checkpoints = reporter, checkpoints
-        params, frozen = stage.parameters()
         self.lengths = shortened(output)
+        params, frozen = stage.parameters()
         self.frozen = put(jax.tree.map(lambda a: a.astype(self.config.run.dtype), frozen), mesh)
         self.names = tuple(params)
         self.iterator = None
@@ -319,15 +323,13 @@ class _Loop:
         return total * self.config.run.streams
 
     def _log(self, phase) -> float:
-        """A line of the figures since the last: means over the steps, and where the time went.
+        """A line of the figures since the last (`metrics.summary`), and where the time went.
 
         Returns:
           Seconds a step.
         """
         rows = jax.device_get(self.pending)
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        figures = {n: float(np.mean([row[n] for row in rows if n in row])) for n in names}
-        figures |= {n: float(rows[-1][n]) for n in names if "skipped" in n and n in rows[-1]}
+        figures = summary(rows)
         elapsed, n = time.monotonic() - self.marked, len(rows)
         rest = sum(self.clock.values())
         figures["seconds"] = elapsed / n
@@ -335,7 +337,8 @@ class _Loop:
         figures |= {f"seconds_{name}": seconds / n for name, seconds in self.clock.items()}
         figures["seconds_step"] = (elapsed - rest) / n
         figures["flops_per_second"] = figures["flops"] / max(figures["seconds_step"], 1e-9)
-        peak = peak_flops(jax.devices()[0].device_kind, self.config.run.dtype)
+        given = self.config.run.device_tflops
+        peak = 1e12 * given if given else peak_flops(jax.devices()[0].device_kind, self.config.run.dtype)
         if peak is not None:
             figures["mfu"] = figures["flops_per_second"] / (peak * self.config.run.devices)
         if self.metrics is not None:

@@ -95,6 +95,8 @@ def check_stage(output: Path, stage: str, said: str) -> None:
     assert (output / "validation" / f"step-{steps:06d}.mp4").stat().st_size > 500
     if stage in ("init", "long"):
         assert any("critic_loss" in line for line in lines)
+        parts = ("rollout", "vae", "teacher", "generator_backward", "critic")
+        assert all(lines[0][f"seconds_{part}"] > 0 for part in parts) and "seconds_rollout" not in lines[1]
         assert checkpoint.load_provenance(output / "critic")["network"] == "critic"
 
 

@@ -31,6 +31,7 @@ from longlive_jax.models.layers import initial, structure
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
 from longlive_jax.pipeline import LongLivePipeline
+from longlive_jax.tokenizer import PromptTokenizer
 from longlive_jax.training import lora
 from longlive_jax.training.dmd import Score
 from longlive_jax.training.phases import DistillPhase
@@ -174,16 +175,37 @@ class DistillStage(ModelStage):
         self._files = PromptSource(config.prompts, 1 + self.streaming) if config.prompts else None
 
     def _compare_scores(self) -> None:
-        """Refuses scores that do not judge such latents, or do not read such prompts."""
+        """Refuses scores that do not judge such latents, or do not read such prompts: the student's text encoder, which
+        does not learn here, is what they hear all prompts through."""
         faults = []
-        for role, cfg in (("teacher", self.teacher_config), ("critic", self.critic_config)):
+        scores = (("teacher", self.teacher_config, self._teacher), ("critic", self.critic_config, self._critic))
+        for role, cfg, folder in scores:
             theirs, ours = to_dict(cfg), to_dict(self.model.transformer)
-            faults += [
+            wrong = [
                 f"{role} has {n} {theirs[n]}, the student {ours[n]}"
                 for n in ("in_channels", "out_channels", "text_dim", "text_length", "patch")
                 if theirs[n] != ours[n]
             ]
+            asked = self._init is not None and folder is not None and (role == "teacher" or folder != self._teacher)
+            if not wrong and asked and (other := self._other_text(folder)):
+                wrong.append(
+                    f"the {other} of {role} {folder} is not the student's ({self._init}); train the teacher from the "
+                    "student, as experiments/sprites/cpu/teacher.yaml: --init STUDENT --no-train-text-encoder"
+                )
+            faults += wrong
         raise_all(faults)
+
+    def _other_text(self, folder: Path) -> str | None:
+        """What a checkpoint reads prompts with otherwise than the student; what it does not have does not count."""
+        if all(checkpoint.has_part(f, "text_encoder") for f in (self._init, folder)):
+            if not checkpoint.same_part(self._init, folder, "text_encoder"):
+                return "text encoder"
+        length = self.config.transformer.text_length
+        files = [folder / name for name in ("tokenizer.json", "spiece.model")]
+        if any(file.is_file() for file in files):
+            if not self._tokenizer.same_as(PromptTokenizer.from_folder(folder, length)):
+                return "tokenizer"
+        return None
 
     # MARK: networks
 
