@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longlive_jax.errors import UserError
+from longlive_jax.files import whole_file
 from longlive_jax.training.tensorboard import Board
 
 
@@ -115,12 +115,11 @@ def drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text("".join(kept), "utf-8")
+        with whole_file(path) as partial:
+            partial.write_text("".join(kept), "utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); free some space") from error
-    os.replace(temporary, path)
 
 
 def _wandb(project: str, folder: Path, config: dict | None):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from longlive_jax.config import from_dict, to_dict
 from longlive_jax.errors import UserError
+from longlive_jax.files import whole_file
 from longlive_jax.sidecar import versions
 from longlive_jax.training.config_files import differences
 from longlive_jax.training.stage_config import StageConfig
@@ -56,13 +56,8 @@ def shorten(output: Path, phase: str, steps: int) -> None:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
 
 
 def claim(output: Path, config: StageConfig, sources: dict[str, str], *, resume: bool) -> None:
