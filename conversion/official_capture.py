@@ -106,25 +106,42 @@ class VAE(torch.nn.Module):
         return pixels
 
 
+Draw = tuple[str, torch.Tensor]
+"""A function of torch's that draws, and what it is to give."""
+
+
 @contextlib.contextmanager
-def given_noise(renoise: torch.Tensor) -> Iterator[None]:
-    """`torch.randn_like` hands out `renoise` [blocks, steps - 1, B, f, C, h, w] in turn.
+def given_draws(draws: list[Draw], functions: tuple[str, ...] = ("randn", "randn_like", "randint")) -> Iterator[None]:
+    """The functions hand out these draws in turn.
 
     Raises:
-      UserError: at the end, if the pipeline has not drawn it all; at once, if it draws more or another shape.
+      UserError: at the end, if the pipeline has not drawn it all; at once, if it draws more or otherwise.
     """
-    queue = list(renoise.flatten(0, 1).flatten(1, 2))
-    real = torch.randn_like
+    queue = list(draws)
+    real = {name: getattr(torch, name) for name in functions}
 
-    def draw(like: torch.Tensor, **_) -> torch.Tensor:
-        if not queue or queue[0].shape != like.shape:
-            raise UserError(f"the official pipeline drew noise {list(like.shape)} out of turn; is the clone unchanged?")
-        return queue.pop(0).to(like)
+    def draw(name: str, shape) -> torch.Tensor:
+        if not queue or queue[0][0] != name or queue[0][1].shape != torch.Size(shape):
+            raise UserError(f"the official pipeline drew noise {list(shape)} out of turn; is the clone unchanged?")
+        return queue.pop(0)[1]
 
-    torch.randn_like = draw
+    patched = {
+        "randn": lambda shape, **_: draw("randn", shape),
+        "randn_like": lambda like, **_: draw("randn_like", like.shape).to(like),
+        "randint": lambda low, high, size, **_: draw("randint", size),
+    }
+    for name in functions:
+        setattr(torch, name, patched[name])
     try:
         yield
     finally:
-        torch.randn_like = real
+        for name in functions:
+            setattr(torch, name, real[name])
     if queue:
         raise UserError(f"the official pipeline left {len(queue)} draws of noise; is the clone unchanged?")
+
+
+def given_noise(renoise: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """`torch.randn_like` hands out `renoise` [blocks, steps - 1, B, f, C, h, w] in turn; see `given_draws`."""
+    draws = [("randn_like", noise) for noise in renoise.flatten(0, 1).flatten(1, 2)]
+    return given_draws(draws, functions=("randn_like",))

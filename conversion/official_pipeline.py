@@ -94,25 +94,18 @@ def build(code: types.SimpleNamespace, parts: Parts, sampler: SamplerConfig, fra
     reader = parts.source.readers["transformer"]
     weights = {name: _tensor(reader.read(name)) for name in reader.shapes}
 
-    def from_pretrained(cls, path, local_attn_size=-1, sink_size=0):
+    def from_pretrained(cls, path, **options):
         with torch.device(parts.device):
-            model = cls(
-                model_type="t2v", patch_size=cfg.patch, text_len=cfg.text_length, in_dim=cfg.in_channels, dim=cfg.dim,
-                ffn_dim=cfg.ffn_dim, freq_dim=cfg.time_dim, text_dim=cfg.text_dim, out_dim=cfg.out_channels,
-                num_heads=cfg.num_heads, num_layers=cfg.num_layers, local_attn_size=local_attn_size,
-                sink_size=sink_size, eps=cfg.eps,
-            )  # fmt: skip
-        model.load_state_dict(weights)
-        return model
+            return network(cls, cfg, weights, **({"local_attn_size": -1, "sink_size": 0} | options))
 
     for name in ("CausalWanModel", "CausalWanModelInfinity"):
         getattr(wrapper, name).from_pretrained = classmethod(from_pretrained)
     wrapper._video_vae = partial(wrapper._video_vae, dim=parts.source.configs["vae"].base_width)
     base = code.InteractiveCausalInferencePipeline if interactive else code.CausalInferencePipeline
-    with _in_wan_models(parts.folder):
+    with in_wan_models(parts.folder):
         encode = _given(parts.embeds) if parts.embeds is not None else _text_encoder(code, parts)
         vae = code.WanVAEWrapper() if parts.decode else None
-        pipeline = _fitted(base, cfg, parts.clock)(
+        pipeline = fitted(base, cfg, parts.clock)(
             official_settings(sampler),
             parts.device,
             text_encoder=Text(encode, parts.clock, parts.capture),
@@ -129,6 +122,17 @@ def build(code: types.SimpleNamespace, parts: Parts, sampler: SamplerConfig, fra
     return pipeline
 
 
+def network(cls: type, cfg: TransformerConfig, weights: dict[str, torch.Tensor], **options: Any) -> torch.nn.Module:
+    """An official transformer of these sizes and weights."""
+    model = cls(
+        model_type="t2v", patch_size=cfg.patch, text_len=cfg.text_length, in_dim=cfg.in_channels, dim=cfg.dim,
+        ffn_dim=cfg.ffn_dim, freq_dim=cfg.time_dim, text_dim=cfg.text_dim, out_dim=cfg.out_channels,
+        num_heads=cfg.num_heads, num_layers=cfg.num_layers, eps=cfg.eps, **options,
+    )  # fmt: skip
+    model.load_state_dict(weights)
+    return model
+
+
 def _tensor(array: np.ndarray) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:  # a type that numpy and torch do not share: the bits go over as integers
         return torch.from_numpy(np.array(array.view(np.int16))).view(torch.bfloat16)
@@ -136,7 +140,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _in_wan_models(folder: Path) -> Iterator[None]:
+def in_wan_models(folder: Path) -> Iterator[None]:
     """A working directory in which the official code finds `folder` where it looks for Wan's files."""
     folder = folder.resolve()
     with tempfile.TemporaryDirectory() as place:
@@ -181,7 +185,7 @@ def _with_lora(model: torch.nn.Module, path: Path, alpha: float | None) -> torch
     return wrapped
 
 
-def _fitted(base: type, cfg: TransformerConfig, clock: Clock) -> type:
+def fitted(base: type, cfg: TransformerConfig, clock: Clock) -> type:
     """A pipeline class whose caches have the model's sizes, and whose recache is timed."""
 
     def resize(cache: list[dict[str, Any]], length: int | None = None) -> None:

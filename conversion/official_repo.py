@@ -1,10 +1,11 @@
-"""Opens a clone of the official PyTorch code (NVlabs/LongLive, branch v1.0) for inference, on any machine.
+"""Opens a clone of the official PyTorch code (NVlabs/LongLive, branch v1.0) on any machine.
 
 Nothing of it is changed on disk or copied here. What stands in the way of importing it is replaced in `sys.modules`:
 
 - its packages have names as general as `utils`, and import training, image-to-video and CLIP as well: empty packages in
-  their place lead to the modules that inference needs, and everything leaves `sys.modules` at the end;
-- of diffusers it uses a base class for `from_pretrained`, which the recorder has no use for: two empty classes do;
+  their place lead to the modules that are needed, and everything leaves `sys.modules` at the end;
+- of diffusers it uses a base class for `from_pretrained`, which the recorders have no use for, and to switch gradient
+  checkpointing on: two nearly empty classes do;
 - its tokeniser's packages are needed for prompts as text only;
 - attention without flash-attention casts to bfloat16, and with it needs a GPU: PyTorch's own, in the dtype given;
 - some defaults ask for the current GPU when they are made.
@@ -26,21 +27,21 @@ import torch
 from longlive_jax.errors import UserError
 
 CLONE = "git clone -b v1.0 https://github.com/NVlabs/LongLive"
-PACKAGES = ("pipeline", "utils", "wan", "wan.modules")
+PACKAGES = ("model", "pipeline", "utils", "wan", "wan.modules")
 TEXT_PACKAGES = ("ftfy", "regex", "transformers")
 CLASSES = {
     "pipeline.causal_inference": ("CausalInferencePipeline",),
     "pipeline.interactive_causal_inference": ("InteractiveCausalInferencePipeline",),
     "utils.wan_wrapper": ("WanTextEncoder", "WanVAEWrapper", "CausalWanModel", "CausalWanModelInfinity"),
 }
-"""What is taken from the clone, by module."""
+"""What inference takes from the clone, by module."""
 
 
-def check_repo(repo: Path) -> None:
-    """Raises UserError if there is no clone of branch v1.0."""
+def check_repo(repo: Path, classes: dict[str, tuple[str, ...]] = CLASSES) -> None:
+    """Raises UserError if there is no clone of branch v1.0, with these modules."""
     if not repo.is_dir():
         raise UserError(f"there is no folder {repo}; give a clone: {CLONE}")
-    files = [f"{module.replace('.', '/')}.py" for module in CLASSES]
+    files = [f"{module.replace('.', '/')}.py" for module in classes]
     missing = [file for file in files if not (repo / file).is_file()]
     if missing:
         raise UserError(
@@ -50,18 +51,21 @@ def check_repo(repo: Path) -> None:
 
 
 @contextlib.contextmanager
-def opened(repo: Path, *, text: bool, sdpa: bool) -> Iterator[types.SimpleNamespace]:
-    """The official classes by name, and `wan_wrapper`, the module that most of them come from.
+def opened(
+    repo: Path, *, text: bool, sdpa: bool, classes: dict[str, tuple[str, ...]] = CLASSES
+) -> Iterator[types.SimpleNamespace]:
+    """The official classes and functions by name; `modules`, those they come from, by name; and `wan_wrapper` of these.
 
     Args:
       repo: the clone.
       text: whether prompts will be tokenised, which needs `TEXT_PACKAGES`.
       sdpa: whether attention is PyTorch's own in place of flash-attention.
+      classes: what to take, by module. Modules that others take from their package's `__init__` come before those.
 
     Raises:
       UserError: no such clone, another version of it, or a package that it needs is missing.
     """
-    check_repo(repo)
+    check_repo(repo, classes)
     for name in TEXT_PACKAGES if text else ():
         _import(repo, name)
     shells = {name: _module(name, __path__=[str(repo / name.replace(".", "/"))]) for name in PACKAGES}
@@ -73,12 +77,14 @@ def opened(repo: Path, *, text: bool, sdpa: bool) -> Iterator[types.SimpleNamesp
             attention = _import(repo, "wan.modules.attention")
             if sdpa:
                 attention.attention = attention.flash_attention = _attention
-            code = types.SimpleNamespace(wan_wrapper=_import(repo, "utils.wan_wrapper"))
-            for module, names in CLASSES.items():
+            code = types.SimpleNamespace(wan_wrapper=_import(repo, "utils.wan_wrapper"), modules={})
+            for path, names in classes.items():
+                module = code.modules[path] = _import(repo, path)
                 for name in names:
-                    if not hasattr(_import(repo, module), name):
-                        raise UserError(f"{repo}: {module} has no {name}; take an unchanged clone: {CLONE}")
-                    setattr(code, name, getattr(_import(repo, module), name))
+                    if not hasattr(module, name):
+                        raise UserError(f"{repo}: {path} has no {name}; take an unchanged clone: {CLONE}")
+                    for place in (code, shells[path.rpartition(".")[0]]):
+                        setattr(place, name, getattr(module, name))
         yield code
     finally:
         _taken_out(sys.modules, lambda name: name.partition(".")[0] in PACKAGES)
@@ -118,11 +124,12 @@ class _Absent(types.ModuleType):
 
 
 def _diffusers() -> dict[str, types.ModuleType]:
-    """What the models take from diffusers: two base classes, of which they use nothing, and a decorator."""
+    """What the models take from diffusers: two base classes, of which they use a switch, and a decorator."""
     configuration = _module(
         "diffusers.configuration_utils", ConfigMixin=type("ConfigMixin", (), {}), register_to_config=lambda init: init
     )
-    modeling = _module("diffusers.models.modeling_utils", ModelMixin=type("ModelMixin", (torch.nn.Module,), {}))
+    switch = {"enable_gradient_checkpointing": lambda model: setattr(model, "gradient_checkpointing", True)}
+    modeling = _module("diffusers.models.modeling_utils", ModelMixin=type("ModelMixin", (torch.nn.Module,), switch))
     packages = [_module(name, __path__=[]) for name in ("diffusers", "diffusers.models")]
     return {module.__name__: module for module in (*packages, configuration, modeling)}
 
@@ -155,9 +162,10 @@ def _a_gpu_to_name() -> Iterator[None]:
         torch.cuda.current_device = real
 
 
-def _attention(q, k, v, q_lens=None, k_lens=None, **options):
+def _attention(q, k, v, q_lens=None, k_lens=None, window_size=(-1, -1), **options):
     """Attention [b, l, heads, d] of everything to everything, in the dtype of `v`."""
-    if q_lens is not None or k_lens is not None or options:
-        raise UserError(f"the official code asked for a mask, which causal inference does without; {CLONE}")
+    padded = k_lens is not None and bool((torch.as_tensor(k_lens) != k.shape[1]).any())
+    if q_lens is not None or padded or tuple(window_size) != (-1, -1) or options:
+        raise UserError(f"the official code asked for a mask, which it does without in what is recorded; {CLONE}")
     q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()

@@ -189,27 +189,42 @@ class Inputs:
         )
 
 
-def write_random_wan(folder: Path, preset: str, seed: int, dtype: str) -> None:
+def write_random_wan(
+    folder: Path, sizes: str | tuple[TransformerConfig, VAEConfig], seed: int, dtype: str = "float32"
+) -> None:
     """Random weights in the files of a Wan folder, without text encoder: what `longlive convert --wan` reads.
 
     Args:
       folder: is made.
-      preset: sizes, see `PRESETS`.
+      sizes: a name in `PRESETS`, or the sizes themselves.
       seed: of the weights.
       dtype: "float32" or "bfloat16".
     """
     import torch
     from safetensors.torch import save_file
 
-    from longlive_jax.checkpoint import tensor_shapes
-    from longlive_jax.conversion import tables
     from longlive_jax.conversion.convert import DIT_NAME, VAE_NAMES
 
-    cfg, vae = (make() for make in PRESETS[preset])
+    cfg, vae = (make() for make in PRESETS[sizes]) if isinstance(sizes, str) else sizes
     generator = torch.Generator().manual_seed(seed)
+    folder.mkdir(parents=True)
+    settings = {"model_type": "t2v", "num_heads": cfg.num_heads, "text_len": cfg.text_length, "eps": cfg.eps}
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file(random_weights("transformer", cfg, generator, dtype), folder / DIT_NAME)
+    torch.save(random_weights("vae", vae, generator, dtype), folder / VAE_NAMES[0])
+
+
+def random_weights(part: str, cfg: Any, generator: Any, dtype: str = "float32") -> dict[str, Any]:
+    """Random torch tensors under the original names of a part, from a torch generator.
+
+    Of a size that keeps activations near 1, and no tensor all zeros or ones.
+    """
+    import torch
+
+    from longlive_jax.checkpoint import tensor_shapes
+    from longlive_jax.conversion import tables
 
     def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Of a size that keeps activations near 1, and no tensor all zeros or ones."""
         values = torch.randn(shape, generator=generator)
         if name.endswith(("bias", "modulation")):
             values *= 0.1
@@ -219,12 +234,5 @@ def write_random_wan(folder: Path, preset: str, seed: int, dtype: str) -> None:
             values /= float(np.prod(shape[1:])) ** 0.5
         return values.to(getattr(torch, dtype))
 
-    def weights(part: str, sizes: Any) -> dict[str, torch.Tensor]:
-        shapes = tables.WAN[part](sizes).torch_shapes(tensor_shapes(part, sizes))
-        return {name: draw(name, shape) for name, shape in shapes.items()}
-
-    folder.mkdir(parents=True)
-    settings = {"model_type": "t2v", "num_heads": cfg.num_heads, "text_len": cfg.text_length, "eps": cfg.eps}
-    (folder / "config.json").write_text(json.dumps(settings))
-    save_file(weights("transformer", cfg), folder / DIT_NAME)
-    torch.save(weights("vae", vae), folder / VAE_NAMES[0])
+    shapes = tables.WAN[part](cfg).torch_shapes(tensor_shapes(part, cfg))
+    return {name: draw(name, shape) for name, shape in shapes.items()}

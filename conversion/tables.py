@@ -131,6 +131,22 @@ def wan_transformer(cfg: TransformerConfig) -> Table:
     return Table(tuple(expand(WAN_TRANSFORMER, cfg.num_layers)), sizes)
 
 
+def wan_lora(cfg: TransformerConfig) -> Table:
+    """Adapters of every linear layer inside the DiT's blocks: peft's names, and those of `training.lora`."""
+    layers = [row for row in wan_transformer(cfg).rows if row.torch.startswith("blocks.") and row.transform is LINEAR]
+    return Table(
+        tuple(
+            Row(
+                f"base_model.model.{row.torch.removesuffix('weight')}lora_{side}.weight",
+                f"{row.ours.removesuffix('kernel')}lora_{side.lower()}",
+                LINEAR,
+            )
+            for row in layers
+            for side in "AB"
+        )
+    )
+
+
 # MARK: text encoder
 
 WAN_TEXT_ENCODER = (

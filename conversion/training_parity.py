@@ -1,4 +1,7 @@
-"""Runs a recorded sequence of the official streaming training: rollout, losses and gradients of every chunk.
+"""Runs a recorded sequence of the official training: rollout, losses and gradients of every chunk.
+
+With `meta.stage` "init" every chunk is a video of its own, else all are one video that goes on. With `meta.lora`
+("rank", "alpha") student and critic have adapters, which are in the case by peft's names, and only those learn.
 
 The draws are given, so every number can be compared: latents and window absolutely, losses and gradients relatively.
 Nothing is updated between chunks. Settings are those of the official code (`Quirks.reference`); gradients are compared
@@ -8,7 +11,9 @@ with the cache as the official code has it, and detached (keys that start with "
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +33,7 @@ from longlive_jax.json_files import parse_json
 from longlive_jax.models.layers import structure
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
+from longlive_jax.training import lora
 from longlive_jax.training.config import DistillationConfig, Quirks
 from longlive_jax.training.dmd import Score
 from longlive_jax.training.rollout import Rollout
@@ -66,24 +72,26 @@ def streaming_training(folder: str | Path, case: Case) -> Outputs:
     config = checkpoint.load_config(folder)
     params = {"generator": checkpoint.load(folder, "transformer", np.float32)}
     params["vae"] = checkpoint.load(folder, "vae", np.float32)
-    graphs, faults = {"generator": _graph(config.transformer)}, []
+    cfgs, faults = {"generator": config.transformer}, []
     for name in ("critic", "teacher"):
         with collect(faults):
             if name not in case.networks:
                 raise UserError(f"a {case.kind} case needs --{name} FILE.safetensors")
-            cfg, params[name] = read_network(case.networks[name], config.transformer)
-            graphs[name] = _graph(cfg)
+            cfgs[name], params[name] = read_network(case.networks[name], config.transformer)
     raise_all(faults)
+    graphs, names = {"teacher": _graph(cfgs["teacher"])}, {}
+    for name in ("generator", "critic"):
+        make = functools.partial(_network, cfgs[name], case.meta.get("lora"))
+        graphs[name], names[name] = structure(make), tables.wan_transformer(cfgs[name])
+        if "lora" in case.meta:
+            names[name] = tables.wan_lora(cfgs[name])
+            params[name] = lora.Adapted(_adapters(case, name, make, names[name]), params[name])
     params = jax.tree.map(jnp.asarray, params)
     score = {name: Score(graphs[name]) for name in ("teacher", "critic")}
     vae = structure(lambda: VAE(config.vae, rngs=nnx.Rngs(0)))
     runs = {
         prefix: Distillation(Rollout(graphs["generator"], sampler, _config(case, value)), **score, vae=vae)
         for prefix, value in variants.items()
-    }
-    names = {
-        "generator": tables.WAN["transformer"](config.transformer),
-        "critic": tables.WAN["transformer"](nnx.merge(graphs["critic"], params["critic"]).cfg),
     }
     return _compare(case, runs, params, names)
 
@@ -99,11 +107,11 @@ def _compare(case: Case, runs: dict[str, Distillation], params: dict[str, Any], 
     main = next(iter(runs.values()))
     critic = jitted(main.critic_terms)
     batch, _, rows, columns = case.frames("chunk0_noise").shape[:4]
-    state, prompts, outputs = main.rollout.init(params["generator"], batch, rows, columns), _prompts(case), {}
-    index = 0
+    start, prompts, outputs = main.rollout.init(params["generator"], batch, rows, columns), _prompts(case), {}
+    state, index = start, 0
     while f"chunk{index}_noise" in case.arrays:
         chunk = f"chunk{index}_"
-        first = index == 0
+        first = index == 0 or case.meta.get("stage") == "init"
         if int(case.get(f"{chunk}start", "")) != int(state.position):
             raise UserError(f"{case.path}: {chunk}start is not {int(state.position)}, where the chunk before it ended")
         results = {
@@ -121,7 +129,7 @@ def _compare(case: Case, runs: dict[str, Distillation], params: dict[str, Any], 
         for prefix, (_, generator_gradient) in results.items():
             outputs |= _gradients(case, f"{prefix}{chunk}generator_grad", generator_gradient, names["generator"])
         outputs |= _gradients(case, f"{chunk}critic_grad", gradient, names["critic"])
-        state, index = after, index + 1
+        state, index = start if case.meta.get("stage") == "init" else after, index + 1
     return outputs
 
 
@@ -129,7 +137,7 @@ def _gradients(case: Case, key: str, gradient: Any, table: tables.Table) -> Outp
     """Norms by original parameter name, and whole tensors where they were recorded."""
     rows = {row.ours: row for row in table.rows}
     ours = {}
-    for tensor in lazy_tensors(jax.tree.map(np.asarray, gradient)):
+    for tensor in lazy_tensors(jax.tree.map(np.asarray, lora.parts(gradient)[0])):
         row = rows[tensor.name]
         ours[row.torch] = row.transform.to_torch(tensor.make(), **table.sizes)
     outputs = {}
@@ -260,7 +268,18 @@ def _draws(case: Case, chunk: str, loss: str, run: Distillation) -> ChunkDraws:
 
 
 def _graph(cfg: TransformerConfig) -> nnx.GraphDef:
-    return structure(lambda: WanTransformer(cfg, rngs=nnx.Rngs(0)))
+    return structure(lambda: _network(cfg, None))
+
+
+def _network(cfg: TransformerConfig, adapter: dict[str, float] | None) -> WanTransformer:
+    model = WanTransformer(cfg, rngs=nnx.Rngs(0))
+    return lora.adapt(model, **adapter, rngs=nnx.Rngs(0)) if adapter else model
+
+
+def _adapters(case: Case, name: str, make: Callable[[], WanTransformer], table: tables.Table) -> checkpoint.Params:
+    """The adapters of a network, which the case has under peft's names after "<network>_lora:"."""
+    values = {row.ours: row.transform.to_ours(case.get(f"{name}_lora:{row.torch}", "o i")) for row in table.rows}
+    return _filled(lora.split(nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))).trained, values)
 
 
 def read_network(path: str | Path, like: TransformerConfig) -> tuple[TransformerConfig, checkpoint.Params]:
@@ -281,6 +300,11 @@ def read_network(path: str | Path, like: TransformerConfig) -> tuple[Transformer
     table, ours = tables.WAN["transformer"](cfg), tensor_shapes("transformer", cfg)
     raise_all(compare_shapes(reader.where, table.torch_shapes(ours), reader.shapes))
     values = {row.ours: row.transform.to_ours(reader.read(row.torch), **table.sizes) for row in table.rows}
+    return cfg, _filled(abstract_params("transformer", cfg), values)
+
+
+def _filled(params: checkpoint.Params, values: dict[str, np.ndarray]) -> checkpoint.Params:
+    """Abstract parameters with their values, given a tensor a layer; float32."""
 
     def fill(keys, leaf):
         names = [str(key.key) for key in keys]
@@ -289,4 +313,4 @@ def read_network(path: str | Path, like: TransformerConfig) -> tuple[Transformer
         layers = [values[".".join([names[0], str(i), *names[1:]])] for i in range(leaf.shape[0])]
         return np.stack(layers).astype(np.float32)
 
-    return cfg, jax.tree_util.tree_map_with_path(fill, abstract_params("transformer", cfg))
+    return jax.tree_util.tree_map_with_path(fill, params)
