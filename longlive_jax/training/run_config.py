@@ -74,7 +74,7 @@ class RunConfig:
       workers: processes that draw data; 0 for two threads (of grain, where that is installed).
       split_every: steps between timing passes, which run the parts of a step (rollout, teacher ...) apart; 0 for none.
         A pass takes about as long as a step in which the student learns. The first, at the start of the run, also
-        compiles every part, which together takes about as long as the programs of the steps.
+        compiles every part: half as long as the step's own program (seen at the sizes of `--smoke`, on a CPU).
       device_gib: memory of a device, to check a run for other machines; None for what this one has.
       device_tflops: peak of one device in `dtype`, in 10^12 FLOP/s, for the figure `mfu`; None for that of known
         devices in bfloat16 (`flops.PEAKS`), without which there is no such figure.
