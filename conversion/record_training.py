@@ -45,7 +45,7 @@ class RecordTraining:
       lora_alpha: their alpha; the rank by default.
       detach: record the student's gradients with the cache detached after each write too.
       seed: of the weights and of all that is drawn.
-      batch: videos at once.
+      batch: videos at once; the official first stage can do no more than one.
       dim, ffn_dim, heads, layers: of student and critic; the teacher has a head and a layer more.
       text_length, text_dim: of the prompt embeddings.
       vae_width: of the VAE.
@@ -106,6 +106,8 @@ class RecordTraining:
         for name, least in (("batch", 1), ("seed", 0), ("lora_rank", 0), ("window", 1)):
             if getattr(self, name) < least:
                 faults.append(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is needed")
+        if self.stage == "init" and self.batch > 1:
+            faults.append("--batch: the official first stage fails with more than one video; leave it out")
         with collect(faults):
             self.sampler().check_size(self.networks()["generator"].patch)
         steps = len(SamplerConfig().steps)

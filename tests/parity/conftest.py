@@ -99,6 +99,11 @@ def random_parts(seed: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="session")
+def configs() -> dict[str, TransformerConfig | VAEConfig | TextEncoderConfig]:
+    return CONFIGS | {"teacher": TEACHER}
+
+
+@pytest.fixture(scope="session")
 def originals(tmp_path_factory) -> dict[str, Path]:
     """Files in the official formats: a Wan folder, a LongLive generator and its LoRA."""
     root = tmp_path_factory.mktemp("originals")
@@ -165,6 +170,11 @@ def write_case(tmp_path_factory):
             parts = random_parts(record["seed"]) if name in ("bidirectional", "vae") else None
             inputs = parts[name] if parts else random_rollout(arrays, record["seed"])
             arrays |= checked(inputs, record["inputs"])
+        for network, (seed, expected) in record.get("adapters", {}).items():
+            cfg = CONFIGS["transformer"]
+            shapes = tables.WAN["transformer"](cfg).torch_shapes(tensor_shapes("transformer", cfg))
+            adapters = checked(random_lora(shapes, 2, seed), expected)
+            arrays |= {f"{network}_lora:{key}": value for key, value in adapters.items()}
         np.savez(root / f"{name}.npz", **arrays)
         return root / f"{name}.npz"
 

@@ -1,4 +1,4 @@
-"""Streaming training against the official modules: rollout, losses and gradients of three chunks."""
+"""Training against the official modules: rollout, losses and gradients of three chunks, and of one with adapters."""
 
 import json
 
@@ -21,6 +21,18 @@ def test_case(checkpoints, networks, write_case):
     # Every parameter of both networks, in every chunk; and measured errors are far below the bounds.
     assert sum("generator_grad_norms:" in name for name in entry["quantities"]) == 3 * 96
     assert sum("critic_grad_norms:" in name for name in entry["quantities"]) == 3 * 96
+    assert max(q["rel"] for q in entry["quantities"].values()) < 2e-4
+
+
+@pytest.mark.slow
+def test_adapters(checkpoints, networks, write_case):
+    """Only the adapters have gradients, as peft gives them; the first stage has a chunk a video."""
+    entry = run_case(checkpoints["base"], write_case("training_lora"), 2e-5, networks)
+    wrong = {name: quantity for name, quantity in entry["quantities"].items() if not quantity["ok"]}
+    assert entry["ok"] and not wrong, wrong
+    for prefix in ("", "detach:"):
+        norms = [name for name in entry["quantities"] if name.startswith(f"{prefix}chunk0_generator_grad_norms:")]
+        assert len(norms) == 3 * 20 and all(".lora_" in name for name in norms)
     assert max(q["rel"] for q in entry["quantities"].values()) < 2e-4
 
 
