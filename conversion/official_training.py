@@ -209,6 +209,8 @@ def _first_stage(model: Any, training: Training, chunk: Chunk) -> Arrays:
 def _learned(model: Any, name: str, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     """A loss, what is known of it, and its gradients by the original or peft's names."""
     net = {"generator": model.generator, "critic": model.fake_score}[name].model
+    if not loss.requires_grad:
+        raise UserError("a chunk has no gradient: the official code has none where a switch falls into its last block")
     loss.backward()
     found = {f"{name}_loss": loss.double()} | ({"dmd_gradient": model.kl_gradient} if name == "generator" else {})
     for parameter, value in net.named_parameters():
