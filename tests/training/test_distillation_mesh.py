@@ -33,8 +33,8 @@ CONFIG = OptimizerConfig(warmup=0, ema=0.0, clip=0.0)
 
 def make_stage(**run_changes) -> LongStage:
     """The smallest stage long: a video of two chunks, the first the student's turn, the second the critic's."""
-    config = LongTrainConfig()
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, streams=STREAMS, **run_changes)).shrunk()
+    config = LongTrainConfig().shrunk()  # on one device: the mesh comes after
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, streams=STREAMS, **run_changes))
     return LongStage(config, Path("nowhere"), lambda line: None)
 
 
