@@ -38,24 +38,29 @@ LIMIT = 16 * 2**20
 """Bytes of a packed file."""
 
 
-def _stages(pixels: str) -> dict[str, dict[str, str]]:
-    """The table of a recipe whose distillation takes the VAE of stage `pixels`: "vae", or "decoder" after it."""
-    common = {"vae": f"{pixels}/checkpoint", "teacher": "teacher/checkpoint"}
-    return {
+KIND = {"decoder": "vae", "teacher-longer": "teacher"}
+"""Stages that are not named after their command."""
+
+
+def _stages(more: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
+    """The table of a recipe; `more` are those of `KIND` that it has: each goes on from its namesake, and what comes
+    later takes the newest."""
+    newest = {kind: stage for stage, kind in KIND.items() if stage in more}
+    common = {kind: f"{newest.get(kind, kind)}/checkpoint" for kind in ("vae", "teacher")}
+    table = {
         "vae": {},
-        **({"decoder": {"init": "vae/checkpoint"}} if pixels == "decoder" else {}),
+        "decoder": {"init": "vae/checkpoint"},
         "ar": {"vae": "vae/checkpoint"},
         "teacher": {"vae": "vae/checkpoint", "init": "ar/checkpoint"},
+        "teacher-longer": {"vae": "vae/checkpoint", "init": "teacher/checkpoint"},
         "init": {**common, "init": "ar/checkpoint"},
         "long": {**common, "init": "init/checkpoint", "critic": "init/critic"},
     }
+    return {stage: starts for stage, starts in table.items() if stage not in KIND or stage in more}
 
 
-RECIPES = {"gpu": _stages("vae"), "cpu": _stages("decoder")}
+RECIPES = {"gpu": _stages(), "cpu": _stages(("decoder", "teacher-longer"))}
 """The stages of a recipe in order, and what each begins with."""
-
-KIND = {"decoder": "vae"}
-"""Stages that are not named after their command."""
 
 
 class Log:
@@ -144,7 +149,7 @@ class Run:
         if self.rehearse:
             config, workers = config.shrunk(), int(stage == "vae")  # a process takes as long to start as its data
         starts = {name: str(self.output / path) for name, path in self.starts[stage].items()}
-        if stage in ("teacher", "ar"):
+        if KIND.get(stage, stage) in ("teacher", "ar"):
             starts["latents"] = str(self.output / "latents")
         run = dataclasses.replace(config.run, workers=min(config.run.workers, workers))
         return dataclasses.replace(config, run=run, **starts)

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from longlive_jax import memory
 from longlive_jax.errors import UserError
+from longlive_jax.training.optimizer import make_optimizer
 from longlive_jax.training.stages.base import Stage
 
 
@@ -18,12 +19,14 @@ def required_memory(stage: Stage) -> dict[str, int]:
     run, optimizer = stage.config.run, stage.config.optimizer
     count = lambda tree: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
     weights = 4 * count(learners)
+    states = jax.eval_shape(make_optimizer(optimizer, 1.0, 1).init, learners)
+    moments = [leaf for leaf in jax.tree.leaves(states) if leaf.ndim]  # not its counters
     averaged = 4 * count({name: params for name, params in learners.items() if stage.averages(name)})
     phases = [stage.activations(phase) for phase in stage.config.phases]
     largest = max(phases, key=lambda parts: sum(parts.values()))
     return {
         "weights": weights * run.data,
-        "optimiser": weights * run.data * (2 if optimizer.b1 else 1),
+        "optimiser": 4 * count(moments) * run.data,
         "averaged weights": averaged * run.data if optimizer.ema else 0,
         # A stream's gradient is whole on its device before it is summed; with several times, the sum is beside it.
         "gradients": weights * run.devices * (1 if run.streams == run.devices else 2),

@@ -8,6 +8,7 @@ from longlive_jax.config import unknown_name
 from longlive_jax.errors import raise_all
 
 DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 
 
 def require(faults: list[str], fine: bool, message: str) -> None:
@@ -17,9 +18,11 @@ def require(faults: list[str], fine: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and what surrounds it. The learning rate is the phase's.
+    """The optimiser and what surrounds it. The learning rate is the phase's.
 
     Attributes:
+      kind: "adamw" (the reference's); or "muon", which learns the matrices of a transformer's blocks by orthogonalised
+        momentum (0.95) and everything else by AdamW with Nesterov's momentum, at one rate.
       b1: decay of the first moment; at 0 it is the gradient itself and is not kept.
       b2: decay of the second moment.
       eps: of AdamW.
@@ -32,6 +35,7 @@ class OptimizerConfig:
       spike: updates with a gradient norm above this many times the usual are skipped; 0 for no limit.
     """
 
+    kind: str = "adamw"
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
@@ -45,6 +49,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         faults = []
+        require(faults, self.kind in OPTIMIZERS, f"kind is {self.kind!r}; {' or '.join(OPTIMIZERS)} are allowed")
         for name in ("b1", "b2", "ema"):
             require(faults, 0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; from 0 to below 1")
         for name in ("weight_decay", "clip", "warmup", "ema_start", "spike"):

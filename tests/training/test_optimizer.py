@@ -54,6 +54,37 @@ def test_schedule():
     np.testing.assert_allclose([constant(0), constant(100)], 2.0)
 
 
+def test_muon_learns_the_matrices_of_blocks_and_nadamw_the_rest():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    make = lambda: {
+        "transformer": {
+            "blocks": {"q": {"kernel": draw(3, 6, 4), "bias": draw(3, 4)}, "modulation": draw(3, 6, 4)},
+            "head": {"kernel": draw(6, 4)},
+        }
+    }
+    params, grads = make(), make()
+    config = OptimizerConfig(kind="muon", weight_decay=0.1, clip=0.0, warmup=0)
+    update = lambda optimizer: jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    updates, state = update(make_optimizer(config, 1e-2, 10))
+    rest, _ = update(optax.nadamw(1e-2, b1=0.9, b2=0.99, weight_decay=0.1))
+    kernel, adams = (tree["transformer"]["blocks"]["q"].pop("kernel") for tree in (updates, rest))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, rest)
+    assert np.abs(kernel - adams).max() > 1e-3
+
+    # A layer's step is its gradient's orthogonal factor, to what five Newton-Schulz steps leave of it (0.7 to 1.2), at
+    # 0.2 of the square root of the longer side; then the decay.
+    for layer in range(3):
+        step = -(kernel[layer] + 1e-2 * 0.1 * params["transformer"]["blocks"]["q"]["kernel"][layer]) / 1e-2
+        values = np.linalg.svd(step, compute_uv=False) / (0.2 * 6**0.5)
+        assert (values > 0.6).all() and (values < 1.3).all()
+        u, _, vt = np.linalg.svd(grads["transformer"]["blocks"]["q"]["kernel"][layer], full_matrices=False)
+        assert np.vdot(step, u @ vt) > 0.98 * np.linalg.norm(step) * np.linalg.norm(u @ vt)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state))
+    others = 12 + 72 + 24
+    assert 72 + 2 * others <= moments < 72 + 2 * others + 10, "one moment of the matrices, two of the rest"
+
+
 def test_all_faults_at_once():
     with pytest.raises(UserError, match="^optimizer: 2 faults: b1 is 1.5.*; clip is -1.0"):
         OptimizerConfig(b1=1.5, clip=-1.0)

@@ -25,7 +25,7 @@ def check(config, output: Path) -> None:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_configs_in_experiments(path, tmp_path):
-    check(read_config(path, STAGES[{"decoder": "vae"}.get(path.stem, path.stem)]), tmp_path / "run")
+    check(read_config(path, STAGES[{"decoder": "vae", "teacher-longer": "teacher"}.get(path.stem, path.stem)]), tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", [InitTrainConfig, LongTrainConfig])
