@@ -38,28 +38,29 @@ LIMIT = 16 * 2**20
 """Bytes of a packed file."""
 
 
-KIND = {"decoder": "vae", "teacher-longer": "teacher"}
+KIND = {"decoder": "vae", "teacher-longer": "teacher", "student": "ar"}
 """Stages that are not named after their command."""
 
 
 def _stages(more: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
-    """The table of a recipe; `more` are those of `KIND` that it has: each goes on from its namesake, and what comes
-    later takes the newest."""
+    """The table of a recipe; `more` are those of `KIND` that it has: distillation takes theirs."""
     newest = {kind: stage for stage, kind in KIND.items() if stage in more}
-    common = {kind: f"{newest.get(kind, kind)}/checkpoint" for kind in ("vae", "teacher")}
+    checkpoint = lambda kind: f"{newest.get(kind, kind)}/checkpoint"
+    common = {kind: checkpoint(kind) for kind in ("vae", "teacher")}
     table = {
         "vae": {},
         "decoder": {"init": "vae/checkpoint"},
         "ar": {"vae": "vae/checkpoint"},
         "teacher": {"vae": "vae/checkpoint", "init": "ar/checkpoint"},
         "teacher-longer": {"vae": "vae/checkpoint", "init": "teacher/checkpoint"},
-        "init": {**common, "init": "ar/checkpoint"},
+        "student": {"vae": "vae/checkpoint", "init": checkpoint("teacher")},
+        "init": {**common, "init": checkpoint("ar")},
         "long": {**common, "init": "init/checkpoint", "critic": "init/critic"},
     }
     return {stage: starts for stage, starts in table.items() if stage not in KIND or stage in more}
 
 
-RECIPES = {"gpu": _stages(), "cpu": _stages(("decoder", "teacher-longer"))}
+RECIPES = {"gpu": _stages(), "cpu": _stages((*KIND,))}
 """The stages of a recipe in order, and what each begins with."""
 
 
@@ -190,9 +191,9 @@ class Run:
         if partial.exists():
             reports = json.loads(partial.read_text())
         folder.mkdir(parents=True, exist_ok=True)
-        for stage, seconds, count in (
-            ("ar", 5, clips), ("init", 5, clips), ("long", 5, clips), ("init", 30, long_clips), ("long", 30, long_clips)
-        ):  # fmt: skip
+        student = self.starts["init"]["init"].removesuffix("/checkpoint")
+        after_5 = [(stage, 5, clips) for stage in (student, "init", "long")]
+        for stage, seconds, count in (*after_5, ("init", 30, long_clips), ("long", 30, long_clips)):
             name = f"{stage}-{seconds}s"
             if name in reports:
                 continue

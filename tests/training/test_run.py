@@ -100,18 +100,20 @@ def test_settings(script, tmp_path):
 def test_the_recipe_of_two_cores_has_its_own_order_and_steps(script, tmp_path):
     run = make(script, tmp_path, recipe="cpu", budget=None)
     configs = {stage: run.config(stage) for stage in script.RECIPES["cpu"]}
-    assert list(configs) == ["vae", "decoder", "ar", "teacher", "teacher-longer", "init", "long"]
+    assert list(configs) == ["vae", "decoder", "ar", "teacher", "teacher-longer", "student", "init", "long"]
     assert not configs["decoder"].train_encoder and configs["decoder"].init == str(tmp_path / "vae/checkpoint")
     assert configs["teacher"].init == str(tmp_path / "ar/checkpoint") and not configs["teacher"].train_text_encoder
     assert configs["teacher-longer"].init == str(tmp_path / "teacher/checkpoint")
+    assert configs["student"].init == str(tmp_path / "teacher-longer/checkpoint")
+    assert configs["init"].init == str(tmp_path / "student/checkpoint") and not configs["student"].train_text_encoder
     for last in (configs["init"], configs["long"]):
         assert (last.vae, last.teacher) == (
             str(tmp_path / "decoder/checkpoint"), str(tmp_path / "teacher-longer/checkpoint")
         )  # fmt: skip
-    assert configs["ar"].latents == configs["teacher"].latents == configs["teacher-longer"].latents
+    assert len({configs[stage].latents for stage in ("ar", "teacher", "teacher-longer", "student")}) == 1
     assert configs["ar"].phases[0].clip_frames == configs["teacher"].phases[0].clip_frames, "the same latents"
     assert {p.name for p in configs["ar"].phases} & {p.name for p in configs["teacher"].phases} == {"first-blocks"}
-    assert len({configs[stage].transformer for stage in ("ar", "teacher", "init", "long")}) == 1
+    assert len({configs[stage].transformer for stage in ("ar", "teacher", "student", "init", "long")}) == 1
 
 
 @pytest.mark.slow

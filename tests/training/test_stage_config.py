@@ -30,8 +30,8 @@ def test_there_are_configs():
 
 
 def stage_of(path: Path) -> str:
-    """The decoder alone is for stage vae, a teacher for longer for stage teacher."""
-    return {"decoder": "vae", "teacher-longer": "teacher"}.get(path.stem, path.stem)
+    """The decoder alone is for stage vae, a teacher for longer for stage teacher, a student of it for stage ar."""
+    return {"decoder": "vae", "teacher-longer": "teacher", "student": "ar"}.get(path.stem, path.stem)
 
 
 def test_a_file_changes_what_it_names(tmp_path):
