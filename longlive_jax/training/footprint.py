@@ -19,7 +19,7 @@ def required_memory(stage: Stage) -> dict[str, int]:
     run, optimizer = stage.config.run, stage.config.optimizer
     count = lambda tree: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
     weights = 4 * count(learners)
-    states = jax.eval_shape(make_optimizer(optimizer, 1.0, 1).init, learners)
+    states = jax.eval_shape(make_optimizer(optimizer, 1.0, optimizer.warmup + 1).init, learners)
     moments = [leaf for leaf in jax.tree.leaves(states) if leaf.ndim]  # not its counters
     averaged = 4 * count({name: params for name, params in learners.items() if stage.averages(name)})
     phases = [stage.activations(phase) for phase in stage.config.phases]

@@ -352,7 +352,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, monke
 
 
 def test_memory_counts_what_there_is():
-    config = dataclasses.replace(ToyConfig(), optimizer=dataclasses.replace(ToyConfig().optimizer, b1=0.0, ema=0.0))
+    settings = dataclasses.replace(ToyConfig().optimizer, b1=0.0, ema=0.0, warmup=1, final_rate=0.0)
+    config = dataclasses.replace(ToyConfig(), optimizer=settings)
     parts = required_memory(ToyStage(config, Path("none")))
     assert parts == {
         "weights": 12, "optimiser": 12, "averaged weights": 0, "gradients": 24, "frozen networks": 0, "activations": 96
