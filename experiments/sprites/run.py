@@ -3,6 +3,7 @@
     python experiments/sprites/run.py --output runs/gpu                          # one GPU, under 25 minutes
     python experiments/sprites/run.py --output runs/rehearsal --rehearse         # the same at tiny sizes, on a CPU
     python experiments/sprites/run.py --output runs/cpu --recipe cpu             # a model of the size that ships: hours
+    python experiments/sprites/run.py --output runs/further --recipe further     # goes on from the model that ships
 
 Call it again to go on: a stage whose checkpoint is there is left out, one that was cut off goes on from its own state.
 `--stop-after SECONDS` ends a call in time, saved (exit status 3: there is more to do); leave a minute for a program
@@ -10,8 +11,8 @@ that is being compiled just then. Every call that ends by itself leaves OUTPUT/p
 under 16 MiB, and one of the figures. `--restore FOLDER` unpacks those on another machine. Data, latents and compiled
 programs are made again there; a stage that was under way begins again.
 
-Settings are in gpu/*.yaml and cpu/*.yaml. `minutes` of those for a GPU are shares of the budget: where the steps of a
-phase would take longer, it has fewer. Needs neither grain nor tyro, ftfy, ffmpeg or a network.
+Settings are in gpu/*.yaml, cpu/*.yaml and further/*.yaml. `minutes` of those for a GPU are shares of the budget: where
+the steps of a phase would take longer, it has fewer. Needs neither grain nor tyro, ftfy, ffmpeg or a network.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ KIND = {"decoder": "vae", "teacher-longer": "teacher", "student": "ar"}
 """Stages that are not named after their command."""
 
 
+BEGIN = "--from"
+"""In a table of stages, the checkpoint that a recipe goes on from."""
+
+
 def _stages(more: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
-    """The table of a recipe; `more` are those of `KIND` that it has: distillation takes theirs."""
+    """The table of a recipe from nothing; `more` are those of `KIND` that it has: distillation takes theirs."""
     newest = {kind: stage for stage, kind in KIND.items() if stage in more}
     checkpoint = lambda kind: f"{newest.get(kind, kind)}/checkpoint"
     common = {kind: checkpoint(kind) for kind in ("vae", "teacher")}
@@ -60,7 +65,15 @@ def _stages(more: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
     return {stage: starts for stage, starts in table.items() if stage not in KIND or stage in more}
 
 
-RECIPES = {"gpu": _stages(), "cpu": _stages((*KIND,))}
+FURTHER = {
+    "teacher": {"vae": BEGIN, "init": BEGIN},
+    "student": {"vae": BEGIN, "init": "teacher/checkpoint"},
+    "init": {"vae": BEGIN, "init": "student/checkpoint", "teacher": "teacher/checkpoint"},
+    "long": {"vae": BEGIN, "init": "init/checkpoint", "teacher": "teacher/checkpoint", "critic": "init/critic"},
+}
+"""The table of a recipe that has a model to begin with, whose VAE stays."""
+
+RECIPES = {"gpu": _stages(), "cpu": _stages((*KIND,)), "further": FURTHER}
 """The stages of a recipe in order, and what each begins with."""
 
 
@@ -94,6 +107,7 @@ class Run:
       rehearse: tiny sizes.
       log: is told.
       recipe: which of `RECIPES`.
+      begin: the checkpoint that recipe "further" goes on from.
     """
 
     output: Path
@@ -102,6 +116,7 @@ class Run:
     rehearse: bool
     log: Log
     recipe: str = "gpu"
+    begin: str = "sprites"
 
     @property
     def starts(self) -> dict[str, dict[str, str]]:
@@ -149,7 +164,9 @@ class Run:
             config = dataclasses.replace(config, phases=phases)
         if self.rehearse:
             config, workers = config.shrunk(), int(stage == "vae")  # a process takes as long to start as its data
-        starts = {name: str(self.output / path) for name, path in self.starts[stage].items()}
+        starts = {
+            name: self.begin if path == BEGIN else str(self.output / path) for name, path in self.starts[stage].items()
+        }
         if KIND.get(stage, stage) in ("teacher", "ar"):
             starts["latents"] = str(self.output / "latents")
         run = dataclasses.replace(config.run, workers=min(config.run.workers, workers))
@@ -272,6 +289,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipe", choices=list(RECIPES), default="gpu")
+    parser.add_argument(BEGIN, dest="begin", metavar="CHECKPOINT", help="recipe further only; sprites by default")
     parser.add_argument("--budget-minutes", type=float, help=f"{BUDGET:g} by default; recipe gpu only")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="all by default")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS")
@@ -282,6 +300,8 @@ def main() -> int:
     gpu = args.recipe == "gpu"
     if not gpu and (args.budget_minutes is not None or args.restore is not None):
         parser.error(f"recipe {args.recipe} has the steps of its settings and is not packed: no budget, no --restore")
+    if args.begin is not None and args.recipe != "further":
+        parser.error(f"recipe {args.recipe} begins with nothing: no {BEGIN}; recipe further goes on from a model")
     budget = (BUDGET if args.budget_minutes is None else args.budget_minutes) if gpu else None
     if budget is not None and budget <= OVERHEAD:
         parser.error(f"--budget-minutes must be above {OVERHEAD:g}, which go for compiling and evaluation")
@@ -295,7 +315,8 @@ def main() -> int:
     if args.rehearse:
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # what runs a few times is mostly compiled
     deadline = None if args.stop_after is None else began + args.stop_after
-    run = Run(args.output, budget, deadline, args.rehearse, Log(args.output), args.recipe)
+    begin = args.begin or "sprites"
+    run = Run(args.output, budget, deadline, args.rehearse, Log(args.output), args.recipe, begin)
     if args.restore is not None:
         run.restore(args.restore)
     complete = True

@@ -116,6 +116,28 @@ def test_the_recipe_of_two_cores_has_its_own_order_and_steps(script, tmp_path):
     assert len({configs[stage].transformer for stage in ("ar", "teacher", "student", "init", "long")}) == 1
 
 
+def test_a_recipe_that_goes_on_keeps_the_model_s_vae_and_sizes(script, tmp_path):
+    run = make(script, tmp_path, recipe="further", budget=None, begin="runs/before")
+    configs = {stage: run.config(stage) for stage in script.RECIPES["further"]}
+    assert list(configs) == ["teacher", "student", "init", "long"]
+    assert {config.vae for config in configs.values()} == {"runs/before"}
+    assert configs["teacher"].init == "runs/before" and configs["student"].init == str(tmp_path / "teacher/checkpoint")
+    assert configs["init"].init == str(tmp_path / "student/checkpoint")
+    assert configs["long"].critic == str(tmp_path / "init/critic")
+    # One text encoder for all: who learns it comes first.
+    assert configs["teacher"].train_text_encoder and not configs["student"].train_text_encoder
+    assert configs["teacher"].latents == configs["student"].latents
+    phases = [configs[stage].phases[-1] for stage in ("teacher", "student")]
+    assert len({(phase.name, phase.clips, phase.clip_frames) for phase in phases}) == 1, "the same latents"
+
+
+def test_a_start_is_for_the_recipe_that_goes_on(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--output", str(tmp_path / "run"), "--recipe", "cpu", "--from", "x"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "recipe further goes on from a model" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_rehearsal_interrupted_twice(tmp_path):
     """From nothing to a packaged checkpoint that plays."""
