@@ -167,6 +167,8 @@ class Run:
         starts = {
             name: self.begin if path == BEGIN else str(self.output / path) for name, path in self.starts[stage].items()
         }
+        if self.rehearse and starts.get("init") == self.begin:
+            del starts["init"]  # it has its own size
         if KIND.get(stage, stage) in ("teacher", "ar"):
             starts["latents"] = str(self.output / "latents")
         run = dataclasses.replace(config.run, workers=min(config.run.workers, workers))

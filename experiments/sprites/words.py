@@ -38,7 +38,9 @@ def main():
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--clips", type=int, default=64, help=f"a multiple of {PART}")
     parser.add_argument("--frames", type=int, default=15, help="latent frames of a clip")
+    parser.add_argument("--first-given", action="store_true", help="the first frame comes without noise, not judged")
     args = parser.parse_args()
+    given = int(args.first_given)
 
     pipe = LongLivePipeline.from_pretrained(args.checkpoint)
     decoder = pipe.decoder(pipe.config.sampler, args.frames)
@@ -50,10 +52,10 @@ def main():
     @jax.jit
     def losses(params, latents, noise, sigma, embeds):
         model = nnx.merge(decoder.transformer, params)
-        sigmas = jnp.full(latents.shape[:2], sigma)
+        sigmas = jnp.full(latents.shape[:2], sigma).at[:, :given].set(0.0)
         noisy = add_noise(latents, noise, sigmas[..., None, None, None])
         flow = model.bidirectional(noisy, 1000 * sigmas, model.text_kv(embeds))
-        return jnp.mean(jnp.square(flow - (noise - latents)), axis=(1, 2, 3, 4))
+        return jnp.mean(jnp.square(flow - (noise - latents))[:, given:], axis=(1, 2, 3, 4))
 
     found = {name: [] for name in prompts}
     for start in range(0, args.clips, PART):

@@ -38,6 +38,7 @@ def flow_matching_loss(
     key: PRNGKeyArray,
     *,
     shift: float,
+    first_given: float = 0.0,
     dtype: str = "float32",
     remat: Callable | None = None,
 ) -> Float[Array, ""]:
@@ -51,12 +52,18 @@ def flow_matching_loss(
       batch: see `Batch`.
       key: for noise levels (one a clip) and noise.
       shift: of the noise levels.
+      first_given: share of clips whose first frame comes without noise and is not judged. How the others go on from
+        it is then for the prompt alone to say; at one noise level for all, they say so themselves.
       dtype: of activations; noise, target and error are float32.
       remat: see `run_layers`.
     """
     x0 = batch.latents
     keys = jax.random.split(key)
     sigma = jnp.broadcast_to(draw_sigma(keys[0], (x0.shape[0], 1), shift), x0.shape[:2])
+    if first_given:
+        given = jax.random.bernoulli(jax.random.fold_in(key, 2), first_given, (x0.shape[0], 1))
+        given = given & (jnp.arange(x0.shape[1]) == 0)
+        sigma, batch = jnp.where(given, 0.0, sigma), batch.replace(learn=batch.learn & ~given)
     noise = jax.random.normal(keys[1], x0.shape)
     text_kv = model.text_kv(text_encoder(batch.ids, batch.mask, jnp.dtype(dtype)))
     noisy = add_noise(x0, noise, sigma[..., None, None, None]).astype(dtype)

@@ -194,7 +194,12 @@ class TransformerTrainConfig(ModelTrainConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TeacherTrainConfig(TransformerTrainConfig):
-    """Train the bidirectional teacher by flow matching, with prompts left out at times."""
+    """Train the bidirectional teacher by flow matching, with prompts left out at times.
+
+    Attributes:
+      first_given: share of clips whose first latent frame comes without noise, so that the prompt alone says how it
+        goes on: what words of motion are learnt from.
+    """
 
     stage: ClassVar[str] = "teacher"
     phases: tuple[LatentPhase, ...] = (
@@ -202,6 +207,17 @@ class TeacherTrainConfig(TransformerTrainConfig):
         LatentPhase("clips", 1500, 8, 1e-3, frames=21, clip_frames=21, clips=1024),
     )
     prompt_dropout: float = 0.1
+    first_given: float = 0.0
+
+    def __post_init__(self):
+        faults = []
+        with collect(faults):
+            super().__post_init__()
+        require(faults, 0 <= self.first_given <= 1, f"first_given is {self.first_given}; 0 to 1 is allowed")
+        for phase in self.phases:
+            if self.first_given and phase.frames < 2:
+                faults.append(f"phase {phase.name}: frames is 1; after the first, which is given, there must be others")
+        raise_all(faults)
 
 
 @dataclasses.dataclass(frozen=True)

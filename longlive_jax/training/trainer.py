@@ -54,7 +54,7 @@ class Reporter(Protocol):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or a termination signal came; a checkpoint was written."""
+    """Ctrl-C or a termination signal came; a checkpoint was written, if a step had been done."""
 
 
 class TimeOver(Exception):
@@ -76,7 +76,7 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
     Raises:
       UserError: the run cannot start, or came to nothing; the last good checkpoint is named. An output in which
         nothing was saved is free again.
-      Interrupted: a signal came. All is saved; `resume` goes on.
+      Interrupted: a signal came. All is saved; `resume` goes on (or the same call, if no step had been done).
     """
     output = Path(output)
     run = stage.config.run
@@ -102,8 +102,7 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
         checkpoints.wait()
         last = checkpoints.latest_path
         note = f"last good checkpoint: {last}; go on with --resume" if last else "no checkpoint was written yet"
-        failed = not isinstance(error, (TimeOver, Interrupted))
-        if failed and last is None and not resume and jax.process_index() == 0:
+        if last is None and not resume and jax.process_index() == 0:
             release(output)
         if isinstance(error, UserError):
             raise UserError(f"{error} ({note})") from error
@@ -156,6 +155,7 @@ class _Loop:
         self.pending: list[dict[str, jax.Array]] = []
         self.marked = self.started = time.monotonic()
         self.stopped_by: int | None = None
+        self.making_data = False  # a first phase may have clips to encode, for minutes
         self.flops: dict[Any, float] = {}
 
     # MARK: state
@@ -215,7 +215,9 @@ class _Loop:
         if self.step == start and start > 0:
             self._next_phase(phase)
         if self.step == start or self.iterator is None:
+            self.making_data = True
             self.iterator = self.stage.data(phase, self.step - start, self.mine)
+            self.making_data = False
         run = self.config.run
         self.marked, self.quickest = time.monotonic(), float("inf")
         while self.step < start + self._length(phase):
@@ -440,7 +442,10 @@ def _together(name: str) -> None:
 
 @contextlib.contextmanager
 def _signals(loop: _Loop):
-    """While it runs, the first Ctrl-C or SIGTERM lets the step end and a checkpoint be written; the second kills."""
+    """While it runs, the first Ctrl-C or SIGTERM lets the step end and a checkpoint be written; the second kills.
+
+    While data are made the first ends that at once: no step has been done since the last checkpoint.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -449,6 +454,8 @@ def _signals(loop: _Loop):
     def note(number, frame):
         loop.stopped_by = number
         signal.signal(number, old[number])
+        if loop.making_data:
+            raise Interrupted
 
     for number in (signal.SIGINT, signal.SIGTERM):
         old[number] = signal.signal(number, note)

@@ -69,6 +69,21 @@ def test_counts_only_frames_to_learn(networks, example):
     assert float(parts[0]) != float(parts[1])
 
 
+def test_a_given_first_frame_comes_without_noise_and_is_not_judged(networks, example):
+    model, text = networks
+    key, clips = jax.random.key(5), example.latents.shape[0]
+    keys = jax.random.split(key)
+    sigma = jnp.repeat(draw_sigma(keys[0], (clips, 1), 3.0), 3, axis=1).at[:, 0].set(0.0)
+    eps, x0 = jax.random.normal(keys[1], example.latents.shape), example.latents
+    noisy = x0 + sigma[..., None, None, None] * (eps - x0)
+    flow = model.bidirectional(noisy, 1000 * sigma, model.text_kv(text(example.ids, example.mask)))
+    by_hand = jnp.mean(jnp.square(flow - (eps - x0))[:, 1:])
+    loss = lambda share, at: float(flow_matching_loss(*networks, example, at, shift=3.0, first_given=share))
+    np.testing.assert_allclose(loss(1.0, key), by_hand, rtol=1e-5)
+    some = {loss(0.5, k) in (loss(0.0, k), loss(1.0, k)) for k in jax.random.split(key, 8)}
+    assert some == {True, False}, "of two clips both, one or none"
+
+
 def test_euler_follows_the_guided_flow(networks, example):
     model, text = networks
     embeds, empty = text(example.ids, example.mask), text(example.ids * 0 + 1, example.mask)

@@ -10,11 +10,17 @@ from longlive_jax.errors import UserError
 from longlive_jax.training.config_files import differences, read_config
 from longlive_jax.training.phases import LatentPhase, VAEPhase
 from longlive_jax.training.run_config import OptimizerConfig, RunConfig
-from longlive_jax.training.stage_config import STAGES, InitTrainConfig, StudentTrainConfig, VAETrainConfig
+from longlive_jax.training.stage_config import (
+    STAGES,
+    InitTrainConfig,
+    StudentTrainConfig,
+    TeacherTrainConfig,
+    VAETrainConfig,
+)
 from longlive_jax.training.stages.distillation import InitStage
 from longlive_jax.training.stages.student import StudentStage
 
-FOLDERS = ("sprites/cpu", "sprites/gpu", "wan")
+FOLDERS = ("sprites/cpu", "sprites/gpu", "sprites/further", "wan")
 EXPERIMENTS = sorted(p for f in FOLDERS for p in (Path(__file__).parents[2] / "experiments" / f).glob("*.yaml"))
 
 
@@ -102,6 +108,12 @@ def test_faults_of_phases():
         LatentPhase("a", 1, 1, 1e-3, frames=6, clip_frames=3, clips=1)
     with pytest.raises(UserError, match="phase a: frames is 4; whole blocks of 3"):
         StudentTrainConfig(phases=(LatentPhase("a", 300, 1, 1e-3, frames=4, clip_frames=6, clips=1),))
+    stills = (LatentPhase("a", 300, 1, 1e-3, frames=1, clip_frames=1, clips=1),)
+    assert TeacherTrainConfig(phases=stills).first_given == 0
+    with pytest.raises(UserError, match="phase a: frames is 1; after the first, which is given, there must be others"):
+        TeacherTrainConfig(phases=stills, first_given=0.5)
+    with pytest.raises(UserError, match="first_given is 1.5; 0 to 1"):
+        TeacherTrainConfig(first_given=1.5)
 
 
 @pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)

@@ -103,6 +103,24 @@ def test_a_signal_saves_and_resume_goes_on(whole, tmp_path):
     assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.parametrize("phase", ["one", "two"])
+def test_a_signal_while_data_are_made_ends_that(whole, tmp_path, monkeypatch, phase):
+    def source(stage, of, seed, made=ToyStage.source):
+        if of.name == phase:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("went on making data")
+        return made(stage, of, seed)
+
+    reporter = Silent()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(ToyStage, "source", source)
+        run(tmp_path, reporter=reporter)
+    notes = {"one": "no checkpoint was written yet", "two": f"last good checkpoint: {tmp_path / 'state' / '6'}"}
+    assert reporter.lines[-1].startswith(notes[phase])
+    run(tmp_path, resume=phase == "two")  # where nothing was saved, the same call is allowed again
+    assert_same_run(whole, tmp_path)
+
+
 def test_time_limit(whole, tmp_path):
     assert run(tmp_path, changed(minutes=1e-9)).steps == [1]
     run(tmp_path, resume=True)

@@ -34,6 +34,7 @@ class TeacherStage(TransformerStage):
     def _turns(self, plain: bool) -> tuple[Turn, ...]:
         settings = {
             "shift": self.config.sampler.shift,
+            "first_given": self.config.first_given,
             "dtype": "float32" if plain else self.config.run.dtype,
             "remat": rematerialise("none" if plain else self.config.remat),
         }
