@@ -165,7 +165,8 @@ class Run:
         if self.rehearse:
             config, workers = config.shrunk(), int(stage == "vae")  # a process takes as long to start as its data
         starts = {
-            name: self.begin if path == BEGIN else str(self.output / path) for name, path in self.starts[stage].items()
+            name: self._begin(name) if path == BEGIN else str(self.output / path)
+            for name, path in self.starts[stage].items()
         }
         if self.rehearse and starts.get("init") == self.begin:
             del starts["init"]  # it has its own size
@@ -173,6 +174,13 @@ class Run:
             starts["latents"] = str(self.output / "latents")
         run = dataclasses.replace(config.run, workers=min(config.run.workers, workers))
         return dataclasses.replace(config, run=run, **starts)
+
+    def _begin(self, part: str) -> str:
+        """The checkpoint that recipe "further" goes on from; one without a VAE has the shipped one's."""
+        from longlive_jax import hub
+
+        with_vae = part != "vae" or (hub.find(self.begin) / "vae.safetensors").exists()
+        return self.begin if with_vae else "sprites"
 
     def train(self, stage: str) -> bool:
         from longlive_jax.training.runs import stored_config
@@ -291,7 +299,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipe", choices=list(RECIPES), default="gpu")
-    parser.add_argument(BEGIN, dest="begin", metavar="CHECKPOINT", help="recipe further only; sprites by default")
+    parser.add_argument(
+        BEGIN,
+        dest="begin",
+        metavar="CHECKPOINT",
+        help="recipe further only; sprites by default, whose VAE one without gets",
+    )
     parser.add_argument("--budget-minutes", type=float, help=f"{BUDGET:g} by default; recipe gpu only")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="all by default")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS")

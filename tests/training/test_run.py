@@ -116,12 +116,13 @@ def test_the_recipe_of_two_cores_has_its_own_order_and_steps(script, tmp_path):
     assert len({configs[stage].transformer for stage in ("ar", "teacher", "student", "init", "long")}) == 1
 
 
-def test_a_recipe_that_goes_on_keeps_the_model_s_vae_and_sizes(script, tmp_path):
-    run = make(script, tmp_path, recipe="further", budget=None, begin="runs/before")
+def test_a_recipe_that_goes_on_keeps_the_model_s_vae_and_sizes(script, tmp_path, tiny_checkpoint):
+    before = str(tiny_checkpoint)
+    run = make(script, tmp_path, recipe="further", budget=None, begin=before)
     configs = {stage: run.config(stage) for stage in script.RECIPES["further"]}
     assert list(configs) == ["teacher", "student", "init", "long"]
-    assert {config.vae for config in configs.values()} == {"runs/before"}
-    assert configs["teacher"].init == "runs/before" and configs["student"].init == str(tmp_path / "teacher/checkpoint")
+    assert {config.vae for config in configs.values()} == {before}
+    assert configs["teacher"].init == before and configs["student"].init == str(tmp_path / "teacher/checkpoint")
     assert configs["init"].init == str(tmp_path / "student/checkpoint")
     assert configs["long"].critic == str(tmp_path / "init/critic")
     # One text encoder for all: who learns it comes first.
@@ -129,6 +130,14 @@ def test_a_recipe_that_goes_on_keeps_the_model_s_vae_and_sizes(script, tmp_path)
     assert configs["teacher"].latents == configs["student"].latents, "a folder a phase"
     names = [phase.name for stage in ("teacher", "student") for phase in configs[stage].phases]
     assert len(set(names)) == len(names), "a teacher's clips are of one prompt each, a student's change at blocks"
+    rehearsal = make(script, tmp_path, recipe="further", budget=None, begin=before, rehearse=True)
+    assert rehearsal.config("teacher").init is None, "its tiny networks begin with nothing"
+
+
+def test_a_model_without_a_vae_gets_the_shipped_one(script, tmp_path):
+    teacher = str(PATH.parent / "teacher")
+    config = make(script, tmp_path, recipe="further", budget=None, begin=teacher).config("teacher")
+    assert (config.init, config.vae) == (teacher, "sprites")
 
 
 def test_a_start_is_for_the_recipe_that_goes_on(script, tmp_path, monkeypatch, capsys):
