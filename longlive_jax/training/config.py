@@ -61,6 +61,8 @@ class DistillationConfig:
         None for all at hand, as the official code. The VAE's memory is short, and this is most of a small model's step.
       guidance: of the teacher, 1 for none (ordinary scale: the official `guidance_scale` plus 1).
       min_timestep, max_timestep: the scores' timesteps are clipped to these.
+      first_given: share of turns in which teacher and critic see the first frame of what they judge without noise, and
+        judge how it goes on from there. For a teacher that has learnt so (its own `first_given`); not LongLive's.
       remat: what is computed again in the backward pass: `none`, all but the inputs of each `layer`, or all but the
         matrix products (`dots`).
       quirks: see `Quirks`.
@@ -73,6 +75,7 @@ class DistillationConfig:
     guidance: float = 4.0
     min_timestep: float = 20.0
     max_timestep: float = 980.0
+    first_given: float = 0.0
     remat: str = "layer"
     quirks: Quirks = Quirks()
 
@@ -84,6 +87,10 @@ class DistillationConfig:
             raise UserError(f"max_frames is {self.max_frames}; the first chunk alone has {self.chunk_frames}")
         if self.picture_context is not None and self.picture_context < 1:
             raise UserError(f"picture_context is {self.picture_context}; 1 or more is needed, or nothing for all")
+        if not 0 <= self.first_given <= 1:
+            raise UserError(f"first_given is {self.first_given}; 0 to 1 is allowed")
+        if self.first_given and self.chunk_frames == 1:
+            raise UserError("chunk_frames is 1; after a first frame that is given, there must be others")
         if not 0 < self.min_timestep <= self.max_timestep <= 1000:  # at 0 no noise is added: the critic's loss is 0 / 0
             raise UserError(
                 f"min_timestep is {self.min_timestep}, max_timestep {self.max_timestep}; "

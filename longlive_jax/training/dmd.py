@@ -24,7 +24,7 @@ from longlive_jax.training.lora import join, parts
 
 @dataclasses.dataclass(frozen=True)
 class NoiseLevels:
-    """The noise levels of scores, for each tau = 0..999 (or for those of a batch).
+    """The noise levels of scores, for each tau = 0..999 (or for those of a batch, or of its frames).
 
     Attributes:
       timestep: given to the networks.
@@ -52,6 +52,13 @@ class NoiseLevels:
         t, added, removed = (jnp.asarray(a)[tau] for a in (self.timestep, self.added, self.removed))
         return NoiseLevels(t, added[:, None, None, None, None], removed[:, None, None, None, None])
 
+    def without_first(self, given: Bool[Array, ""], frames: int) -> NoiseLevels:
+        """Those of a batch's frames, the first at level 0 if it is given: timestep [B, T], sigmas [B, T, 1, 1, 1]."""
+        noisy = 1.0 - (given & (jnp.arange(frames) == 0))
+        return NoiseLevels(
+            self.timestep[:, None] * noisy, *(a * noisy[:, None, None, None] for a in (self.added, self.removed))
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -69,14 +76,14 @@ class Score:
         self,
         params: Any,
         x_t: Float[Array, "b t h w c"],
-        timestep: Float[Array, " b"],
+        timestep: Float[Array, " b"] | Float[Array, "b t"],
         prompt_embeds: Num[Array, "b l e"],
         remat=None,
     ) -> Float[Array, "b t h w c"]:
         """The predicted flow, float32; `params` a pure dict or `lora.Adapted`."""
         model = nnx.merge(self.transformer, join(*parts(params)))
         text_kv = model.text_kv(prompt_embeds.astype(self.dtype))
-        timesteps = jnp.broadcast_to(timestep[:, None], x_t.shape[:2])
+        timesteps = timestep if timestep.ndim == 2 else jnp.broadcast_to(timestep[:, None], x_t.shape[:2])
         return model.bidirectional(x_t.astype(self.dtype), timesteps, text_kv, remat=remat).astype(jnp.float32)
 
 
@@ -165,5 +172,7 @@ def critic_flow_loss(
     """
     x = jax.lax.stop_gradient(x)
     x_t = add_noise(x, noise, levels.added)
-    flow = critic.flow(params, x_t, levels.timestep, prompt_embeds, remat) * (levels.removed / levels.added)
+    # A frame without noise (`NoiseLevels.without_first`) has a flow, but is not among those that count.
+    ratio = levels.removed / jnp.where(levels.added > 0, levels.added, 1.0)
+    flow = critic.flow(params, x_t, levels.timestep, prompt_embeds, remat) * ratio
     return masked_mean(jnp.square(flow - (noise - x)), frames)

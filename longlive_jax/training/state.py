@@ -94,8 +94,10 @@ class ChunkDraws:
       rollout: see `RolloutDraws`.
       tau: noise level of each video, of 1000, before the shift.
       noise: added to what is judged.
+      first_given: whether its first frame stays without; None for no, where no program need ask.
     """
 
     rollout: RolloutDraws
     tau: Int[Array, " b"]
     noise: Float[Array, "b t h w c"]
+    first_given: Bool[Array, ""] | None = None

@@ -61,12 +61,16 @@ class Distillation:
         """Random numbers for a step on the next chunk."""
         frames = self.config.chunk_frames if first else self.config.new_frames
         of_rollout, of_tau, of_noise = jax.random.split(keys.own, 3)
+        share, given = self.config.first_given, None
+        if share:
+            given = jax.random.bernoulli(jax.random.fold_in(keys.own, 3), share)
         batch, _, *shape = state.recent.shape
         blocks = frames // self.rollout.sampler.block_frames
         return ChunkDraws(
             rollout=self.rollout.draw(keys.replace(own=of_rollout), state, blocks),
             tau=jax.random.randint(of_tau, (batch,), 0, TRAIN_STEPS),
             noise=jax.random.normal(of_noise, (batch, self.config.chunk_frames, *shape)),
+            first_given=given,
         )
 
     def generator_loss(
@@ -109,7 +113,7 @@ class Distillation:
             prompts.embeds[tape.prompt[-1]], prompts.negative, self.config.guidance,
         )  # fmt: skip
         terms = {"new_latents": new, "window": window, "dmd_gradient": gradient}
-        return dmd_loss(window, gradient, frames), (after, jax.lax.stop_gradient(terms))
+        return dmd_loss(window, gradient, self._counted(frames, draws)), (after, jax.lax.stop_gradient(terms))
 
     def critic_terms(
         self, critic: Any, params: Params, state: StreamState, prompts: Prompts, draws: ChunkDraws, *, first: bool
@@ -124,8 +128,8 @@ class Distillation:
     def critic_window_loss(self, critic: Any, window, prompts: Prompts, draws: ChunkDraws, tape: Tape, frames):
         """The critic's loss on frames that are judged."""
         return critic_flow_loss(
-            self.critic, critic, window, draws.noise, self._levels(draws), prompts.embeds[tape.prompt[-1]], frames,
-            self.config.rematerialise(),
+            self.critic, critic, window, draws.noise, self._levels(draws), prompts.embeds[tape.prompt[-1]],
+            self._counted(frames, draws), self.config.rematerialise(),
         )  # fmt: skip
 
     def teacher_flows(
@@ -138,7 +142,12 @@ class Distillation:
         return tuple(self.teacher.flow(params["teacher"], x_t, levels.timestep, e) for e in embeds)
 
     def _levels(self, draws: ChunkDraws) -> NoiseLevels:
-        return NoiseLevels.of(self.rollout.sampler, self.config).at(draws.tau)
+        levels = NoiseLevels.of(self.rollout.sampler, self.config).at(draws.tau)
+        return levels if draws.first_given is None else levels.without_first(draws.first_given, draws.noise.shape[1])
+
+    def _counted(self, frames: Bool[Array, " s"], draws: ChunkDraws) -> Bool[Array, " s"]:
+        """Those that count in a loss, without the first if it is given."""
+        return frames if draws.first_given is None else frames & ~(draws.first_given & (jnp.arange(len(frames)) == 0))
 
     def _metrics(self, draws: ChunkDraws) -> dict[str, Array]:
         return {"exit_step": draws.rollout.exit_step, "timestep": jnp.mean(self._levels(draws).timestep)}

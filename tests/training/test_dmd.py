@@ -71,6 +71,11 @@ def test_noise_levels():
     at = official.at(jnp.asarray([3, 700]))
     assert at.timestep.shape == (2,) and at.added.shape == (2, 1, 1, 1, 1)
     assert float(at.removed[1, 0, 0, 0, 0]) == official.removed[700]
+    given, not_given = (at.without_first(jnp.asarray(b), 3) for b in (True, False))
+    assert given.timestep.shape == (2, 3) and given.added.shape == (2, 3, 1, 1, 1)
+    np.testing.assert_array_equal(given.timestep[:, 0], 0)
+    np.testing.assert_array_equal(given.timestep[:, 1:], not_given.timestep[:, :2])
+    np.testing.assert_array_equal(not_given.added, jnp.repeat(at.added, 3, axis=1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,6 +107,32 @@ def test_steps_train_the_adapters_and_go_on(parts):
     assert sorted(traces) == [("critic", False), ("critic", True), ("generator", False), ("generator", True)]
 
 
+def test_scores_are_given_a_first_frame_as_often_as_is_asked_for(parts):
+    graphs, params = parts
+    state = distillation(graphs).rollout.init(params["generator"], 1, 2, 4)
+
+    def run(share, method="draw", key=0, **changes):
+        of = distillation(graphs, dataclasses.replace(CONFIG, first_given=share))
+        draws = of.draw(keys_of(jax.random.key(key)), state, first=True)
+        if method == "draw":
+            return draws
+        name = "generator" if method == "generator_terms" else "critic"
+        args = params[name], params, state, prompts(4), draws.replace(**changes)
+        return getattr(of, method)(*args, first=True)
+
+    assert run(0.0).first_given is None
+    assert {bool(run(0.5, key=key).first_given) for key in range(8)} == {True, False}
+    np.testing.assert_array_equal(run(0.0).noise, run(1.0).noise)
+
+    plain, given = (run(share, "generator_terms")[1][1]["dmd_gradient"] for share in (0.0, 1.0))
+    assert plain[:, 0].any() and not given[:, 0].any()
+    assert float(jnp.abs(given[:, 1:] - plain[:, 1:]).max()) > 1e-3, "scores see another first frame"
+    # Its noise is seen by nobody and judged by nobody.
+    noise = run(1.0).noise
+    losses = [float(run(1.0, "critic_terms", noise=n)[0]) for n in (noise, noise.at[:, 0].add(3.0))]
+    assert np.isfinite(losses[0]) and losses[0] == losses[1] != float(run(0.0, "critic_terms")[0])
+
+
 @pytest.mark.parametrize(("official", "expected"), [(True, [0, 1, 1, 1]), (False, [0, 0, 1, 1])])
 def test_frames_that_count(parts, official, expected):
     """A switch at the second block of the second chunk: what came before it need not count."""
@@ -166,6 +192,8 @@ def test_its_picture_is_made_from_as_many_frames_as_are_asked_for(parts, context
         (dict(min_timestep=990.0), {}, "min_timestep is 990.0, max_timestep 980.0; 0 < min_timestep"),
         (dict(min_timestep=0.0), {}, "min_timestep is 0.0, .*; 0 < min_timestep"),
         (dict(picture_context=0), {}, "picture_context is 0; 1 or more"),
+        (dict(first_given=-0.5), {}, "first_given is -0.5; 0 to 1"),
+        (dict(chunk_frames=1, new_frames=1, first_given=0.5), {}, "chunk_frames is 1; after a first frame"),
         ({}, dict(window=-1), "training needs a window"),
         ({}, dict(solver="euler"), "needs 'renoise'"),
         (dict(quirks=Quirks(sink="zero")), dict(window=24), "windows within a chunk"),

@@ -52,7 +52,7 @@ TURNS = 2
 MADE_AXES = (
     StreamState(cache=KVCache(k=0, v=0, count=None), recent=0, position=None, switched=None),
     Prompts(embeds=0, negative=0, switch_frame=None),
-    ChunkDraws(rollout=RolloutDraws(exit_step=None, noise=0), tau=0, noise=0),
+    ChunkDraws(rollout=RolloutDraws(exit_step=None, noise=0), tau=0, noise=0, first_given=0),
     Tape(x=0, latents=0, clean=0, prompt=None),
 )
 """Of what the part "rollout" gives, for `Part.axes`."""
