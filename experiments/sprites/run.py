@@ -73,7 +73,7 @@ FURTHER = {
 }
 """The table of a recipe that has a model to begin with, whose VAE stays."""
 
-RECIPES = {"gpu": _stages(), "cpu": _stages((*KIND,)), "further": FURTHER}
+RECIPES = {"gpu": _stages(("student",)), "cpu": _stages((*KIND,)), "further": FURTHER}
 """The stages of a recipe in order, and what each begins with."""
 
 

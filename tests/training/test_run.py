@@ -51,8 +51,8 @@ def test_what_is_packed_is_taken_up_elsewhere(script, finished, tmp_path):
     make(script, finished).package()
     packed = sorted((finished / "package").iterdir())
     assert [path.name.removesuffix(".tar.gz") for path in packed] == [
-        "ar-checkpoint", "init-checkpoint", "init-critic", "long-checkpoint", "report", "teacher-checkpoint",
-        "vae-checkpoint",
+        "ar-checkpoint", "init-checkpoint", "init-critic", "long-checkpoint", "report", "student-checkpoint",
+        "teacher-checkpoint", "vae-checkpoint",
     ]  # fmt: skip
     assert len(packed) <= 8 and all(path.stat().st_size < script.LIMIT for path in packed)
     with tarfile.open(finished / "package" / "report.tar.gz") as tar:
@@ -62,7 +62,7 @@ def test_what_is_packed_is_taken_up_elsewhere(script, finished, tmp_path):
     other = make(script, two)
     other.restore(finished / "package")
     # The last stage's critic is nobody's start, so it stays at home; its checkpoint is the model.
-    assert all(other.done(stage) for stage in ("vae", "teacher", "ar", "init"))
+    assert all(other.done(stage) for stage in ("vae", "teacher", "ar", "student", "init"))
     for folder in ("teacher/checkpoint", "init/critic", "long/checkpoint"):
         for part in checkpoint.MODULES:
             ours, theirs = (checkpoint.load(root / folder, part, np.float32) for root in (finished, two))
@@ -85,10 +85,10 @@ def test_stages_that_are_there_are_left_out(script, finished):
 def test_settings(script, tmp_path):
     """Sizes fit from stage to stage, and the phases' minutes are the budget less what else takes time."""
     configs = {stage: make(script, tmp_path).config(stage) for stage in script.RECIPES["gpu"]}
-    assert configs.keys() == STAGES.keys()
+    assert configs.keys() == {*STAGES, "student"}
     minutes = sum(phase.minutes for config in configs.values() for phase in config.phases)
     assert minutes == pytest.approx(script.BUDGET - script.OVERHEAD)
-    assert len({configs[stage].transformer for stage in ("teacher", "ar", "init", "long")}) == 1
+    assert len({configs[stage].transformer for stage in ("teacher", "ar", "student", "init", "long")}) == 1
     assert configs["init"].sampler == configs["long"].sampler
     assert configs["teacher"].init == str(tmp_path / "ar/checkpoint") and not configs["teacher"].train_text_encoder
     middle = (script.BUDGET + script.OVERHEAD) / 2
@@ -161,7 +161,7 @@ def test_rehearsal_interrupted_twice(tmp_path):
         assert process.wait() != 0
     assert subprocess.run(command, env=environment).returncode == 0
     reports = json.loads((tmp_path / "run" / "evaluate" / "evaluation.json").read_text())
-    assert set(reports) == {"ar-5s", "init-5s", "long-5s", "init-30s", "long-30s"}
+    assert set(reports) == {"student-5s", "init-5s", "long-5s", "init-30s", "long-30s"}
     with tarfile.open(tmp_path / "run" / "package" / "long-checkpoint.tar.gz") as tar:
         tar.extractall(tmp_path / "home", filter="data")
     generate = [sys.executable, "-c", "from longlive_jax.cli import main; main()", "generate", "a large red star"]
