@@ -39,31 +39,40 @@ LIMIT = 16 * 2**20
 """Bytes of a packed file."""
 
 
-KIND = {"decoder": "vae", "teacher-longer": "teacher", "student": "ar"}
+KIND = {"decoder": "vae", "student": "ar"}
 """Stages that are not named after their command."""
 
 
 BEGIN = "--from"
 """In a table of stages, the checkpoint that a recipe goes on from."""
 
+CPU = {
+    "vae": {},
+    "decoder": {"init": "vae/checkpoint"},
+    "teacher": {"vae": "decoder/checkpoint"},
+    "ar": {"vae": "decoder/checkpoint", "init": "teacher/checkpoint"},
+    "init": {"vae": "decoder/checkpoint", "init": "ar/checkpoint", "teacher": "teacher/checkpoint"},
+    "long": {
+        "vae": "decoder/checkpoint",
+        "init": "init/checkpoint",
+        "teacher": "teacher/checkpoint",
+        "critic": "init/critic",
+    },
+}
 
-def _stages(more: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
-    """The table of a recipe from nothing; `more` are those of `KIND` that it has: distillation takes theirs."""
-    newest = {kind: stage for stage, kind in KIND.items() if stage in more}
-    checkpoint = lambda kind: f"{newest.get(kind, kind)}/checkpoint"
-    common = {kind: checkpoint(kind) for kind in ("vae", "teacher")}
-    table = {
-        "vae": {},
-        "decoder": {"init": "vae/checkpoint"},
-        "ar": {"vae": "vae/checkpoint"},
-        "teacher": {"vae": "vae/checkpoint", "init": "ar/checkpoint"},
-        "teacher-longer": {"vae": "vae/checkpoint", "init": "teacher/checkpoint"},
-        "student": {"vae": "vae/checkpoint", "init": checkpoint("teacher")},
-        "init": {**common, "init": checkpoint("ar")},
-        "long": {**common, "init": "init/checkpoint", "critic": "init/critic"},
-    }
-    return {stage: starts for stage, starts in table.items() if stage not in KIND or stage in more}
-
+GPU = {
+    "vae": {},
+    "ar": {"vae": "vae/checkpoint"},
+    "teacher": {"vae": "vae/checkpoint", "init": "ar/checkpoint"},
+    "student": {"vae": "vae/checkpoint", "init": "teacher/checkpoint"},
+    "init": {"vae": "vae/checkpoint", "init": "student/checkpoint", "teacher": "teacher/checkpoint"},
+    "long": {
+        "vae": "vae/checkpoint",
+        "init": "init/checkpoint",
+        "teacher": "teacher/checkpoint",
+        "critic": "init/critic",
+    },
+}
 
 FURTHER = {
     "teacher": {"vae": BEGIN, "init": BEGIN},
@@ -73,7 +82,7 @@ FURTHER = {
 }
 """The table of a recipe that has a model to begin with, whose VAE stays."""
 
-RECIPES = {"gpu": _stages(("student",)), "cpu": _stages((*KIND,)), "further": FURTHER}
+RECIPES = {"gpu": GPU, "cpu": CPU, "further": FURTHER}
 """The stages of a recipe in order, and what each begins with."""
 
 

@@ -100,20 +100,18 @@ def test_settings(script, tmp_path):
 def test_the_recipe_of_two_cores_has_its_own_order_and_steps(script, tmp_path):
     run = make(script, tmp_path, recipe="cpu", budget=None)
     configs = {stage: run.config(stage) for stage in script.RECIPES["cpu"]}
-    assert list(configs) == ["vae", "decoder", "ar", "teacher", "teacher-longer", "student", "init", "long"]
+    assert list(configs) == ["vae", "decoder", "teacher", "ar", "init", "long"]
     assert not configs["decoder"].train_encoder and configs["decoder"].init == str(tmp_path / "vae/checkpoint")
-    assert configs["teacher"].init == str(tmp_path / "ar/checkpoint") and not configs["teacher"].train_text_encoder
-    assert configs["teacher-longer"].init == str(tmp_path / "teacher/checkpoint")
-    assert configs["student"].init == str(tmp_path / "teacher-longer/checkpoint")
-    assert configs["init"].init == str(tmp_path / "student/checkpoint") and not configs["student"].train_text_encoder
+    assert configs["teacher"].init is None and configs["ar"].init == str(tmp_path / "teacher/checkpoint")
+    # One text encoder for all: who learns it comes first.
+    assert configs["teacher"].train_text_encoder and not configs["ar"].train_text_encoder
+    assert configs["init"].init == str(tmp_path / "ar/checkpoint")
     for last in (configs["init"], configs["long"]):
-        assert (last.vae, last.teacher) == (
-            str(tmp_path / "decoder/checkpoint"), str(tmp_path / "teacher-longer/checkpoint")
-        )  # fmt: skip
-    assert len({configs[stage].latents for stage in ("ar", "teacher", "teacher-longer", "student")}) == 1
-    assert configs["ar"].phases[0].clip_frames == configs["teacher"].phases[0].clip_frames, "the same latents"
-    assert {p.name for p in configs["ar"].phases} & {p.name for p in configs["teacher"].phases} == {"first-blocks"}
-    assert len({configs[stage].transformer for stage in ("ar", "teacher", "student", "init", "long")}) == 1
+        assert (last.vae, last.teacher) == (str(tmp_path / "decoder/checkpoint"), str(tmp_path / "teacher/checkpoint"))
+    assert configs["teacher"].latents == configs["ar"].latents, "a folder a phase"
+    names = [phase.name for stage in ("teacher", "ar") for phase in configs[stage].phases]
+    assert len(set(names)) == len(names), "a teacher's clips are of one prompt each, a student's change at blocks"
+    assert len({configs[stage].transformer for stage in ("teacher", "ar", "init", "long")}) == 1
 
 
 def test_a_recipe_that_goes_on_keeps_the_model_s_vae_and_sizes(script, tmp_path, tiny_checkpoint):

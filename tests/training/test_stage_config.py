@@ -37,7 +37,7 @@ def test_there_are_configs():
 
 def stage_of(path: Path) -> str:
     """The decoder alone is for stage vae, a teacher for longer for stage teacher, a student of it for stage ar."""
-    return {"decoder": "vae", "teacher-longer": "teacher", "student": "ar"}.get(path.stem, path.stem)
+    return {"decoder": "vae", "student": "ar"}.get(path.stem, path.stem)
 
 
 def test_a_file_changes_what_it_names(tmp_path):
