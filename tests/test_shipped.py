@@ -1,5 +1,5 @@
-"""The model that comes with the package: small, loaded without network, few steps; background, colour and size as the
-prompt says."""
+"""The model that comes with the package: small, loaded without network, few steps; background, colour, size and
+motion as the prompt says."""
 
 import numpy as np
 import pytest
@@ -29,14 +29,15 @@ def test_it_takes_four_steps(pipe):
     assert (len(pipe.config.sampler.steps), pipe.config.sampler.solver) == (4, "renoise")
 
 
-def test_background_colour_and_size_follow_prompts_of_the_test_set(pipe):
+def test_background_colour_size_and_motion_follow_prompts_of_the_test_set(pipe):
     pool = combinations_of("test")
     combinations = [pool[i] for i in np.random.default_rng(1).permutation(len(pool))[:12]]
     video = pipe([canonical(c) for c in combinations], seconds=5, seed=list(range(12)))
     assert video.frames.shape == (12, 81, 64, 64, 3)
     shares = adherence([read(frames[-FPS:]) for frames in video.frames], combinations)
-    # Of the whole test set: docs/sprites.md. Shapes and motions are not learnt yet: nothing is promised of them here.
-    assert shares["background"] >= 0.9 and shares["colour"] >= 0.9 and shares["size"] >= 0.7, shares
+    # Of the whole test set: docs/sprites.md; here with room for 12 clips. Nothing is promised of shapes.
+    assert shares["background"] >= 0.9 and shares["colour"] >= 0.9, shares
+    assert shares["size"] >= 0.6 and shares["motion"] >= 0.7, shares
 
 
 def test_a_video_with_switches_goes_through(pipe):
