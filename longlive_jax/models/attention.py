@@ -47,7 +47,7 @@ def attention(
     if implementation == "splash" or (implementation is None and splash.refusal(q, mask) is None):
         return splash.attention(q, k, v, key_length=key_length, mask=mask)
     implementation = implementation or _choose(q)
-    if implementation == "xla" and split_kv == 1 and products.by_matrix_units(q.dtype) and _chunks(q, k) == 1:
+    if implementation == "xla" and split_kv == 1 and products.attends(q.dtype) and _chunks(q, k) == 1:
         return products.attention(q, k, v, _bias(mask, key_length, k.shape[1]))
     if split_kv > 1:
         return _in_parts(q, k, v, key_length, split_kv, implementation)

@@ -1,10 +1,10 @@
-"""bfloat16 products on a CPU, by its matrix units.
+"""Products and attention on a CPU: bfloat16 by its matrix units.
 
 XLA's CPU compiler gives a product of bfloat16 numbers to those units (AMX) only where the result is asked for in
 float32; asked for in bfloat16, or of a bfloat16 and a float32 number, as the derivative of such a product would be, it
 turns everything into float32 first and takes four to ten times as long (docs/performance.md). So here every product,
 those of the derivatives too, is of two bfloat16 numbers into float32. Elsewhere (float32, GPUs, TPUs) nothing of this
-is needed and nothing changes.
+is needed and nothing changes; but that the attention is of use in float32 too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from longlive_jax import sharding
 def by_matrix_units(dtype) -> bool:
     """Whether products of this dtype are for this module."""
     return dtype == jnp.bfloat16 and sharding.platform() == "cpu"
+
+
+def attends(dtype) -> bool:
+    """Whether attention of this dtype is for this module: in float32 too it is quicker than `jax.nn`'s on a CPU."""
+    return dtype in (jnp.bfloat16, jnp.float32) and sharding.platform() == "cpu"
 
 
 def linear(x: Num[Array, "... i"], kernel: Num[Array, "i o"], bias: Num[Array, " o"] | None) -> Num[Array, "... o"]:

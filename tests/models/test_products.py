@@ -1,4 +1,4 @@
-"""bfloat16 on a CPU: products of bfloat16 numbers only, in both directions, and the same numbers as anywhere else."""
+"""Products and attention on a CPU: of bfloat16 numbers only, in both directions, and the same numbers as anywhere else."""
 
 import functools
 import re
@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from longlive_jax.models import products, rope
+from longlive_jax.models.attention import attention
 from longlive_jax.models.layers import Linear, run_layers, stack_layers
 
 BF16 = jnp.bfloat16
@@ -45,22 +46,31 @@ def test_linear_and_its_derivatives(bias):
     assert made[1][0].dtype == BF16 and all(a.dtype == jnp.float32 for a in made[1][1:]), "sums of gradients"
 
 
-def test_float32_is_left_alone():
+def test_float32_products_are_left_alone():
     x, kernel, b = (a.astype(jnp.float32) for a in (draw(3, 16), draw(16, 8, seed=1), draw(8, seed=2)))
     assert (products.linear(x, kernel, b) == x @ kernel + b).all()
     assert not products.by_matrix_units(jnp.float32) and products.by_matrix_units(BF16)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(BF16, 2e-2), (jnp.float32, 1e-5)])
 @pytest.mark.parametrize("keys", [None, "length", "mask"])
-def test_attention_and_its_derivatives(keys):
-    q, k, v = draw(2, 6, 3, 16), draw(2, 9, 3, 16, seed=1), draw(2, 9, 3, 16, seed=2)
+def test_attention_and_its_derivatives(keys, dtype, tolerance):
+    q, k, v = (draw(2, n, 3, 16, seed=seed, dtype=dtype) for seed, n in enumerate((6, 9, 9)))
     mask = {None: None, "length": jnp.arange(9)[None] < 7, "mask": jnp.tri(6, 9, 2, bool)}[keys]
     bias = None if mask is None else jnp.where(mask, 0.0, -1e30)
     mask = None if mask is None else jnp.broadcast_to(mask, (6, 9))
     fast = lambda q, k, v: jnp.sum(jnp.sin(products.attention(q, k, v, bias).astype(jnp.float32)))
     slow = lambda q, k, v: jnp.sum(jnp.sin(plain_attention(q, k, v, mask)))
     made = jax.jit(jax.value_and_grad(fast, (0, 1, 2)))(q, k, v)
-    close(made, jax.value_and_grad(slow, (0, 1, 2))(*exact((q, k, v))))
+    close(made, jax.value_and_grad(slow, (0, 1, 2))(*exact((q, k, v))), tolerance)
+
+
+def test_it_is_the_attention_of_networks_on_a_cpu():
+    q, k, v = (draw(2, n, 3, 16, seed=seed, dtype=jnp.float32) for seed, n in enumerate((6, 9, 9)))
+    bias = jnp.where(jnp.arange(9)[None] < 7, 0.0, -1e30)
+    made = attention(q, k, v, key_length=jnp.asarray(7))
+    np.testing.assert_array_equal(made, products.attention(q, k, v, bias))
+    close(made, jax.nn.dot_product_attention(q, k[:, :7], v[:, :7]), 2e-6)
 
 
 def test_rotation_is_that_of_the_pairs(monkeypatch):
