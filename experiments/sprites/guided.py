@@ -1,4 +1,4 @@
-"""What does a bidirectional teacher draw? Its guided samples, read. A causal student of it may move better than they do.
+"""What does a bidirectional teacher draw? Its guided samples, read. A causal student of it may move better.
 
     python experiments/sprites/guided.py --checkpoint runs/teacher/checkpoint --clips 48
 

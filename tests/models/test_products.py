@@ -1,4 +1,4 @@
-"""Products and attention on a CPU: of bfloat16 numbers only, in both directions, and the same numbers as anywhere else."""
+"""Products and attention on a CPU: of bfloat16 numbers only, both ways, and the same numbers as anywhere else."""
 
 import functools
 import re
