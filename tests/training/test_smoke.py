@@ -20,7 +20,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STARTS = {
     "vae": [],
     "teacher": ["--vae", "vae/checkpoint"],
-    "ar": ["--vae", "vae/checkpoint", "--init", "teacher/checkpoint", "--no-train-text-encoder"],
+    "ar": ["--vae", "vae/checkpoint", "--init", "teacher/checkpoint"],
     "init": ["--init", "ar/checkpoint", "--teacher", "teacher/checkpoint"],
     "long": ["--init", "init/checkpoint", "--critic", "init/critic", "--teacher", "teacher/checkpoint"],
 }
