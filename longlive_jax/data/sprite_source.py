@@ -4,16 +4,23 @@ Use it with `grain.MapDataset.source(SpriteSource(...)).batch(n)`, or call `make
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from longlive_jax.data.sprite_prompts import canonical, paraphrase
-from longlive_jax.data.sprites import Combination, combinations_of, render
+from longlive_jax.data.sprites import ATTRIBUTES, Combination, combinations_of, is_test, render
 from longlive_jax.errors import UserError
 
 CANONICAL_SHARE = 0.5  # of training prompts; the others are paraphrases
+
+KEPT = 0.5
+"""Chance of an attribute to stay as it is where a training clip's prompt changes.
+
+People change a word or two. Of two unrelated combinations one in 49 has both sprites at rest, and a student that has
+hardly seen that goes on drawing the past.
+"""
 
 
 def clip_combination(seed: int, index: int, split: str) -> Combination:
@@ -27,6 +34,16 @@ def _draw(seed: int, index: int, split: str) -> tuple[Combination, np.random.Gen
         raise UserError(f"sprites: seed {seed} and index {index} must be 0 or more")
     rng = np.random.default_rng([seed, index, int(split == "test")])
     return combinations[int(rng.integers(len(combinations)))], rng
+
+
+def changed(combination: Combination, rng: np.random.Generator) -> Combination:
+    """What a training clip of this combination may change to: each attribute stays with chance `KEPT`."""
+    while True:
+        kept = {name: rng.random() < KEPT for name in ATTRIBUTES}
+        drawn = {name: str(rng.choice(values)) for name, values in ATTRIBUTES.items() if not kept[name]}
+        after = replace(combination, **drawn)
+        if not is_test(after):
+            return after
 
 
 def make_clip(seed: int, index: int, num_frames: int, split: str = "train") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Clips of the sprites world as cached latents: encoded once, trained on many times.
 
-Half of the clips change their combination at the start of a block, so that a student also sees a past that its prompt
+Half of the clips change some attributes at the start of a block, so that a student also sees a past that its prompt
 does not describe.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from longlive_jax.config import TEMPORAL_FACTOR
+from longlive_jax.data.sprite_source import KEPT, changed
 from longlive_jax.data.sprites import Combination, combinations_of, render_schedule
 from longlive_jax.errors import UserError
 from longlive_jax.files import whole_file
@@ -38,7 +39,8 @@ def scheduled_clip(
     """
     rng = np.random.default_rng([seed, index])
     pool = combinations_of("train")
-    first, second = (pool[int(rng.integers(len(pool)))] for _ in range(2))
+    first = pool[int(rng.integers(len(pool)))]
+    second = changed(first, rng)
     blocks = latent_frames // block
     change = block * int(rng.integers(1, max(blocks, 2)))
     if index % 2 or blocks == 1:
@@ -115,7 +117,7 @@ def cached_latents(
     Raises:
       UserError: the folder has latents of another VAE or of other clips.
     """
-    made_from = {"latent_frames": latent_frames, "block": block, "seed": seed, "vae": vae_hash}
+    made_from = {"latent_frames": latent_frames, "block": block, "seed": seed, "vae": vae_hash, "kept": KEPT}
     note = Path(folder) / "made_from.json"
     if note.exists() and (found := json.loads(note.read_text())) != made_from:
         wrong = ", ".join(

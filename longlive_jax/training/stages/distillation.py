@@ -24,7 +24,7 @@ from longlive_jax.cache import KVCache
 from longlive_jax.config import SPATIAL_FACTOR, to_dict
 from longlive_jax.data.prompts_source import PromptSource
 from longlive_jax.data.sprite_prompts import canonical, paraphrase
-from longlive_jax.data.sprite_source import CANONICAL_SHARE
+from longlive_jax.data.sprite_source import CANONICAL_SHARE, changed
 from longlive_jax.data.sprites import combinations_of
 from longlive_jax.errors import raise_all
 from longlive_jax.models.layers import initial, structure
@@ -60,14 +60,16 @@ MADE_AXES = (
 
 @dataclasses.dataclass(frozen=True)
 class SpritePrompts:
-    """Video i's prompts: of combinations that may be trained on, half of them paraphrased."""
+    """Video i's prompts: of combinations that may be trained on, each `changed` from the one before."""
 
     prompts_a_video: int
     seed: int
 
     def __getitem__(self, index: int) -> tuple[str, ...]:
         rng, pool = np.random.default_rng([self.seed, index]), combinations_of("train")
-        chosen = [pool[int(rng.integers(len(pool)))] for _ in range(self.prompts_a_video)]
+        chosen = [pool[int(rng.integers(len(pool)))]]
+        while len(chosen) < self.prompts_a_video:
+            chosen.append(changed(chosen[-1], rng))
         return tuple(canonical(c) if rng.random() < CANONICAL_SHARE else paraphrase(c, rng)[0] for c in chosen)
 
 
