@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from longlive_jax.config import from_dict, to_dict
 from longlive_jax.errors import UserError
 from longlive_jax.files import whole_file
@@ -100,6 +102,24 @@ def claim(output: Path, config: StageConfig, sources: dict[str, str], *, resume:
         _write(path, values)
     except OSError as error:
         raise UserError(f"cannot write {output} ({error.strerror}); give another --output") from error
+
+
+def hold(output: Path) -> FileLock:
+    """Keeps other processes out of the folder of a run until it is released, or this process has ended in any way.
+
+    Raises:
+      UserError: another process holds it; both would write the same checkpoints.
+    """
+    lock = FileLock(output / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is at work on the run in {output}; let it end, stop it, or choose another --output"
+        ) from None
+    except (OSError, NotImplementedError):
+        pass  # some network file systems have no locks
+    return lock
 
 
 def release(output: Path) -> None:

@@ -37,7 +37,7 @@ from longlive_jax.training.footprint import check_memory
 from longlive_jax.training.learner import Learner, TrainState
 from longlive_jax.training.metrics import Metrics, summary
 from longlive_jax.training.optimizer import make_optimizer
-from longlive_jax.training.runs import claim, plain, release, shorten, shortened
+from longlive_jax.training.runs import claim, hold, plain, release, shorten, shortened
 from longlive_jax.training.stages.base import Stage
 from longlive_jax.training.step import DEVICES, Teaching, arrange, gathered, make_step, own_places, put
 from longlive_jax.training.streams import axes, each, keys_of
@@ -89,8 +89,10 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
             "run.data x run.fsdp their number"
         )
     check_memory(stage, mesh)
+    held = contextlib.ExitStack()
     if jax.process_index() == 0:
         claim(output, stage.config, stage.sources, resume=resume)
+        held.callback(hold(output).release)
     _together("claimed")
     checkpoints = Checkpoints(output / "state", keep=run.keep, say=reporter.say)
     loop = None
@@ -116,6 +118,7 @@ def train(stage: Stage, output: Path, reporter: Reporter, *, resume: bool = Fals
             loop._close_data()
             if loop.metrics is not None:
                 loop.metrics.close()
+        held.close()
 
 
 class _Loop:

@@ -311,6 +311,18 @@ def test_an_output_that_holds_a_run_is_kept(whole):
     assert (whole / "metrics.jsonl").read_text() == before
 
 
+def test_two_processes_do_not_go_on_with_one_run(tmp_path):
+    run(tmp_path)
+    holds = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", holds, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another process is at work on the run in .*; let it end, stop it, or cho"):
+            run(tmp_path, resume=True)
+        other.kill()
+    run(tmp_path, resume=True)
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(UserError, match="holds no run to resume; leave --resume out"):
         run(tmp_path / "none", resume=True)
