@@ -2,7 +2,7 @@
 
 One dataclass a part: the diffusion transformer, the VAE, the text encoder, the sampler. `ModelConfig` joins them and is
 what `config.json` of a checkpoint folder holds. Presets are classmethods; derived values are properties.
-Names of the settings are those of the project's contract; `OFFICIAL_NAMES` maps LongLive's own.
+The settings have names of their own; `OFFICIAL_NAMES` maps LongLive's own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPATIAL_FACTOR = 8
 """Pixels a latent cell, each way."""
 
 MAX_ABSOLUTE_FRAMES = 1024
-"""Latent frames that absolute RoPE has positions for (reference section 3)."""
+"""Latent frames that absolute RoPE has positions for (official wan/modules/model.py, `rope_params(1024, ...)`)."""
 
 MAX_LAYERS, MAX_SIZE = 1000, 2**24
 """No model has more layers, or a larger size of any other kind; Wan's largest are 40, and a vocabulary of 256384."""
@@ -44,7 +44,7 @@ WAN_LATENT_STD = (
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the Wan diffusion transformer (reference section 1 and 3).
+    """Sizes of the Wan diffusion transformer (official wan/modules/causal_model.py).
 
     Attributes:
       dim: width D of the residual stream.
@@ -99,7 +99,7 @@ class TransformerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the causal video VAE (reference section 7).
+    """Sizes of the causal video VAE (official wan/modules/vae.py).
 
     Attributes:
       base_width: channels of the finest level.
@@ -139,7 +139,7 @@ class VAEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
-    """Sizes of the umT5 encoder (reference section 8).
+    """Sizes of the umT5 encoder (official wan/modules/t5.py).
 
     Attributes:
       vocab_size: rows of the token embedding.
@@ -177,7 +177,7 @@ class TextEncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """How a video is decoded: the defaults are LongLive 1.0's (reference sections 2, 4 to 6).
+    """How a video is decoded: the defaults are LongLive 1.0's (configs/longlive_inference.yaml).
 
     Attributes:
       height: of the video, in pixels.

@@ -184,7 +184,10 @@ class LongLivePipeline:
         """
         folder = hub.find(source)
         config = checkpoint.load_config(folder)
-        dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+        dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        if dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
+            raise UserError(f"dtype is {dtype!r}; float32 and bfloat16 are known")
+        dtype = jnp.dtype(dtype)
         quantization = checkpoint.load_quantization(folder) | _asked_quantization(quantize, quantize_text_encoder)
         _decide_matmul(int8_matmul, quantization)  # before anything is read
         memory.check_weights(config, dtype, mesh, quantization)

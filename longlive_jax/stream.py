@@ -55,6 +55,8 @@ class VideoStream:
 
         Setting it again before the next block replaces it.
         """
+        if not isinstance(text, (str, list, tuple)):
+            raise UserError(f"a prompt is text, not {text!r}; give one, or one for each video")
         texts = (text,) * len(self.plans) if isinstance(text, str) else tuple(text)
         if len(texts) != len(self.plans):
             raise UserError(f"{len(texts)} prompts for {len(self.plans)} videos; give one, or one each")

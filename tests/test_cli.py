@@ -86,6 +86,8 @@ def test_enlarged_for_viewing(longlive, tiny_checkpoint):
     assert longlive(*args, "--output", "twice.mp4", "--scale", 2)[0] == 0
     assert read_video("by-itself.mp4").shape[1:3] == (480, 480)
     assert read_video("twice.mp4").shape[1:3] == (64, 64)
+    assert longlive("generate", "--from", "twice.json", "--output", "again.mp4")[0] == 0
+    assert read_video("again.mp4").shape[1:3] == (64, 64) and sidecar("again.json")["scale"] == 2
 
 
 def test_switches(generate):
@@ -95,6 +97,11 @@ def test_switches(generate):
     assert record["prompts"] == [STAR, DISC, STAR]
     assert record["switches"] == {"asked_seconds": [0.4, 1.0], "applied_seconds": [0.5, 1.0]}
     assert f"switch at 0.4 s takes effect at 0.5 s: {DISC}\n" in error
+
+
+def test_a_prompt_that_is_never_shown_is_said(generate):
+    code, error = generate(STAR, DISC, "--switch-at", 0, "--seconds", 1, "--output", "clip.mp4")
+    assert code == 0 and "warning: a switch at the start leaves nothing of the first prompt\n" in error
 
 
 def test_again_from_the_sidecar(generate, longlive, tmp_path):
@@ -142,6 +149,23 @@ def test_a_video_a_line(generate, tmp_path, suffix):
         one = sidecar("made/one.json")
         assert (one["seed"], one["switches"]["applied_seconds"]) == (5, [1.0])
         assert len(read_video("made/one.mp4")) == 29, "--seconds goes before the file"
+
+
+def test_a_folder_of_videos_is_gone_on_with(generate, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{STAR}\n{DISC}\n")
+    args = ("--prompts", "prompts.txt", "--output", "made", "--seconds", 0.5)
+    assert generate(*args)[0] == 0
+    (tmp_path / "made" / "a-large-blue-disc-0.mp4").unlink()
+    (tmp_path / "made" / "a-large-blue-disc-0.json").unlink()
+    before = files(tmp_path / "made")
+    assert generate(*args)[0] == 1
+    code, error = generate(*args, "--skip-existing")
+    assert code == 0 and "1 of 2 videos are there" in error
+    after = files(tmp_path / "made")
+    assert len(after) == 4 and before.items() <= after.items()
+    code, error = generate(*args, "--skip-existing")
+    assert code == 0 and "2 of 2 videos are there" in error and files(tmp_path / "made") == after
+    assert generate(*args, "--skip-existing", "--overwrite")[0] == 1
 
 
 def test_settings_of_a_yaml_file(generate, tmp_path):
@@ -304,6 +328,7 @@ BAD = {
         damaged(other_tensors), BROKEN,
         r"3 faults: .*lacks quant.bias; .*has unexpected surplus.weight; .*post_quant.bias is \[2\], expected \[4\]",
     ),
+    "too large": (None, (STAR, "--scale", "257", "--checkpoint", "TINY"), "wider than 8192 pixels; give 256 at most"),
     "no tokeniser": (
         damaged(lambda f: (f / "tokenizer.json").unlink()), BROKEN, "this checkpoint has no tokeniser, so it cannot re",
     ),

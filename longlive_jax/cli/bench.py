@@ -77,6 +77,7 @@ class Bench:
         from longlive_jax import checkpoint, hub, memory
         from longlive_jax.bench import report, weights
         from longlive_jax.config import ModelConfig, replace
+        from longlive_jax.conversion.official_repo import check_repo
 
         on_cpu = jax.default_backend() == "cpu"
         dtype = self.dtype or ("float32" if on_cpu else "bfloat16")
@@ -90,6 +91,8 @@ class Bench:
             config = ModelConfig.t2v_1_3b()
             load = lambda: weights.ours(config, dtype)
             told = f"{preset}, {weights.DESCRIPTION}"
+        if self.torch_repo is not None:
+            check_repo(self.torch_repo)
         config = dataclasses.replace(config, text_encoder=None)
         size = {name: value for name in ("height", "width") if (value := getattr(self, name)) is not None}
         sampler = replace(config.sampler, **size, switch="recache", sink="keep")

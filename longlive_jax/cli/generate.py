@@ -38,6 +38,10 @@ QUANTIZATION = ("quantize", "quantize_text_encoder", "int8_matmul")
 """Options that go to `LongLivePipeline.from_pretrained`, and what the sidecar calls them."""
 
 
+MAX_SIDE = 8192
+"""Pixels of an enlarged picture's side; beyond, players and encoders of mp4 give up."""
+
+
 @dataclasses.dataclass
 class Generate:
     """Make videos from prompts. Several prompts make one video that switches between them.
@@ -46,11 +50,12 @@ class Generate:
       prompt: what is to be seen; more than one switches in equal parts or at --switch-at.
       prompts: a file of prompts instead, .txt (one a line) or .jsonl; one video a line, into the folder --output.
       switch_at: when each prompt after the first starts, in seconds of the video.
-      seconds: length; rounded to whole blocks.
-      seed: of the noise.
-      checkpoint: "sprites" (ships with the package), a checkpoint folder, or a Hugging Face id.
+      seconds: length, 5 by default; rounded to whole blocks.
+      seed: of the noise, 0 by default.
+      checkpoint: "sprites" by default (ships with the package), a checkpoint folder, or a Hugging Face id.
       output: FILE.mp4 (or a folder with --prompts); outputs/<slug>-<seed>.mp4 by default.
       overwrite: replace outputs that exist.
+      skip_existing: leave out videos that are there with their JSON, to go on with --prompts that was interrupted.
       from_json: make the video of this sidecar FILE.json again.
       config: settings from a LongLive v1.0 YAML file.
       scale: whole-number enlargement of small pictures for viewing; chosen by itself if 0.
@@ -69,6 +74,7 @@ class Generate:
     checkpoint: str | None = None
     output: Path | None = None
     overwrite: bool = False
+    skip_existing: bool = False
     from_json: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     config: Path | None = None
     scale: int = 0
@@ -88,11 +94,19 @@ class Generate:
         jobs, settings, checkpoint, quantization = self._jobs()
         if self.dtype not in (None, "float32", "bfloat16"):
             raise UserError(f"dtype is {self.dtype!r}; float32 and bfloat16 are known")
+        console = Console(stderr=True)
+        say = functools.partial(console.print, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        if self.skip_existing:
+            if self.overwrite:
+                raise UserError("--skip-existing keeps what --overwrite replaces; give one of them")
+            missing = [job for job in jobs if not (job[1].exists() and sidecar_path(job[1]).exists())]
+            say(f"{len(jobs) - len(missing)} of {len(jobs)} videos are there")
+            jobs = missing
         for _, target in jobs:
             require_free(target, self.overwrite)
             require_free(sidecar_path(target), self.overwrite)
-        console = Console(stderr=True)
-        say = functools.partial(console.print, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        if not jobs:
+            return 0
         for key, place in self._elsewhere.items():
             say(f"{self.config}: {key} has no say here: {place}")
         keep_compiled_programs()
@@ -107,7 +121,12 @@ class Generate:
         if self._recorded_hash not in (None, pipe.checkpoint_info["hash"]):
             say(f"warning: {checkpoint} is not the checkpoint that made {self.from_json}; the video will differ")
         for schedule, _ in jobs:  # all of them, so that a fault in the last is told before the first is made
-            pipe.prepare(schedule, **settings)
+            sampler, *_ = pipe.prepare(schedule, **settings)
+            if self.scale * max(sampler.height, sampler.width) > MAX_SIDE:
+                most = MAX_SIDE // max(sampler.height, sampler.width)
+                raise UserError(
+                    f"--scale {self.scale} makes pictures wider than {MAX_SIDE} pixels; give {most} at most"
+                )
         for schedule, target in jobs:
             self._one(pipe, schedule, target, settings, {"load_seconds": round(loaded, 3)}, console, say)
         return 0
@@ -136,6 +155,7 @@ class Generate:
             quantization = {k: v for k, v in record["settings"].items() if k in QUANTIZATION} | quantization
             self.dtype = self.dtype or record["settings"].get("dtype")
             self._recorded_hash = record["checkpoint"].get("hash")
+            self.scale = self.scale or record.get("scale", 0)
             schedules = [record_schedule(record, self.from_json)]
             settings, checkpoint = own | settings, self.checkpoint or str(record["checkpoint"].get("name", "sprites"))
         elif self.prompts is not None:
@@ -178,6 +198,8 @@ class Generate:
             say(note)
         for asked, applied, text in zip(plan.asked_seconds, plan.applied_seconds, plan.prompts[1:]):
             say(f"switch at {asked:g} s takes effect at {applied:g} s: {text}")
+        if 0 in plan.switch_blocks:
+            say("warning: a switch at the start leaves nothing of the first prompt")
         parts = memory.estimate(pipe.config, sampler, 1, plan.num_frames, pipe.dtype, switches=bool(plan.switch_blocks))
         say(f"memory beside the weights: {memory.describe(parts)}")
         stream = pipe.stream(schedule, **settings)
@@ -190,18 +212,24 @@ class Generate:
         )  # fmt: skip
         with bar, VideoWriter(target, scale=self.scale or "auto", overwrite=self.overwrite) as writer:
             task = bar.add_task(target.name, total=total, rate="compiling")
-            for frames in stream.ahead():
-                writer.write(frames[0])
-                marks.append((time.monotonic() - started, writer.frames_written))
-                bar.update(task, completed=writer.frames_written, rate=_rate(marks))
+            try:
+                for frames in stream.ahead():
+                    writer.write(frames[0])
+                    marks.append((time.monotonic() - started, writer.frames_written))
+                    bar.update(task, completed=writer.frames_written, rate=_rate(marks))
+            except KeyboardInterrupt:
+                if marks:
+                    say(f"{target} keeps the first {writer.frames_written} of {total} frames, and has no JSON")
+                raise
         timings |= measured(marks)
-        record = stream.run_record(timings)
         from longlive_jax.pipeline import record_of
 
-        write_sidecar(target, record_of(plan, stream.seeds[0], record), overwrite=self.overwrite)
+        record = record_of(plan, stream.seeds[0], stream.run_record(timings)) | {"scale": self.scale}
+        write_sidecar(target, record, overwrite=self.overwrite)
+        rate = f", then {timings['frames_per_second']:.1f} frames a second" if len(marks) > 1 else ""
         say(
             f"{target}: {total} frames, {total / FPS:g} s of video; first frame after "
-            f"{timings['first_frame_seconds']:.1f} s, then {timings['frames_per_second']:.1f} frames a second"
+            f"{timings['first_frame_seconds']:.1f} s{rate}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The causal few-step decoder (reference section 4): `step` makes one block, `scan` makes them all.
+"""The causal few-step decoder (official pipeline/causal_inference.py): `step` makes one block, `scan` makes them all.
 
 `Decoder` holds what is fixed for a video (networks' structure, settings) and is hashable; parameters and state are
 arguments. So `jax.jit(Decoder.step, static_argnums=0)` compiles once for all videos of one shape. The block-by-block

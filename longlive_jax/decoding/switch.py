@@ -1,4 +1,5 @@
-"""Changing the prompt in the middle of a video (reference section 5, and the paper's two other policies).
+"""Changing the prompt in the middle of a video (official pipeline/interactive_causal_inference.py), and the paper's
+two other policies.
 
 `recache`: keys and values of the frames still in the window are made again, with the new prompt, from their latents.
   sink "keep":    the sink keeps what the prompt of its time made of it; only the window is made again.

@@ -1,4 +1,4 @@
-"""Rotary position embedding over frame, row and column (reference section 3).
+"""Rotary position embedding over frame, row and column (official wan/modules/causal_model.py).
 
 Neighbouring channels form pairs. Of a head of width d, the frame index turns d - 4 floor(d/6) channels, row and column
 2 floor(d/6) each (44, 42, 42 of 128). Angles are made in float64 on the host: in bfloat16 position 257 would be 256.

@@ -181,7 +181,7 @@ class WanTransformer(nnx.Module):
         return not isinstance(self.blocks, nnx.List)
 
     def text_kv(self, prompt_embeds: Num[Array, "b l e"]) -> TextKV:
-        """Keys and values of a prompt for every layer; once a prompt. Padding rows are part of it (reference 3)."""
+        """Keys and values of a prompt for every layer; once a prompt. Padding rows are part of it."""
         missing = self.cfg.text_length - prompt_embeds.shape[1]
         text = self.text_embedding(jnp.pad(prompt_embeds, [(0, 0), (0, missing), (0, 0)]))
         _, kv = run_layers(self.blocks, lambda block, c, _: (c, block.cross_attn.keys_values(text)), None, None)

@@ -92,6 +92,7 @@ def claim(output: Path, config: StageConfig, sources: dict[str, str], *, resume:
             )
         return
     if path.exists():
+        stored_config(output, type(config))  # one of another stage cannot be gone on with
         raise UserError(f"{output} holds a run and is kept; go on with it by --resume, or choose another --output")
     values = {
         "stage": config.stage, "config": to_dict(config), "sources": sources, "prompts": _hashes(config),

@@ -162,6 +162,8 @@ class DistillStage(ModelStage):
         for role, folder in (("teacher", self._teacher), ("critic", self._critic)):
             if folder is not None:
                 self.sources[role] = checkpoint.checkpoint_hash(folder)
+        if self._init is None:
+            say("no student given (init: FOLDER): an untrained one begins, which is good for trying out only")
         if self._teacher is None:
             say("no teacher given (teacher: FOLDER): an untrained one judges, which is good for trying out only")
             if config.teacher_size is not None:
