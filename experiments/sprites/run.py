@@ -1,6 +1,6 @@
-"""All stages of the sprites model in one command: VAE, student, teacher, distillation, streaming, evaluation, package.
+"""All stages of the sprites model in one command: VAE, teacher and student, distillation, streaming, evaluation.
 
-    python experiments/sprites/run.py --output runs/gpu                          # one GPU, under 25 minutes
+    python experiments/sprites/run.py --output runs/gpu                          # one GPU, budgeted at 25 minutes
     python experiments/sprites/run.py --output runs/rehearsal --rehearse         # the same at tiny sizes, on a CPU
     python experiments/sprites/run.py --output runs/cpu --recipe cpu             # a model of the size that ships: hours
     python experiments/sprites/run.py --output runs/further --recipe further     # goes on from the model that ships
