@@ -60,6 +60,7 @@ class Checkpoints:
         parts = {"state": ocp.args.StandardSave(state)}
         if not isinstance(iterator, Batches):
             parts["data"] = grain_checkpoint.CheckpointSave(iterator)
+        self.wait()  # so that one that failed does not take this one along
         self._guarded(step, lambda: self._manager.save(step, args=ocp.args.Composite(**parts), force=True))
 
     def wait(self) -> None:
@@ -126,7 +127,7 @@ class Checkpoints:
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             self._reopen()
             last = self.latest_path or "none"
-            where = "a checkpoint" if step is None else f"the checkpoint of step {step} or the one before"
+            where = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             self._say(
                 f"warning: {where} could not be written ({reason}); training goes on, last good checkpoint: {last}"
             )

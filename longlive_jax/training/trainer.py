@@ -336,7 +336,8 @@ class _Loop:
         rows = jax.device_get(self.pending)
         figures = summary(rows)
         elapsed, n = time.monotonic() - self.marked, len(rows)
-        rest = sum(self.clock.values())
+        # Not the wait for data: the device computes in it.
+        rest = sum(seconds for name, seconds in self.clock.items() if name != "data")
         figures["seconds"] = elapsed / n
         figures |= self.split
         figures |= {f"seconds_{name}": seconds / n for name, seconds in self.clock.items()}
@@ -357,9 +358,10 @@ class _Loop:
                 f"{in_a_row:g} updates in a row were not fit (not finite, or spikes) at step {self.step}; lower the "
                 "rate or optimizer.clip, or raise run.max_skips"
             )
-        return figures["seconds_step"] + figures["seconds_data"]
+        return figures["seconds_step"]
 
     def _save(self) -> None:
+        jax.block_until_ready(self.state)  # steps that still run are no part of saving
         began = time.monotonic()
         # On a CPU arrays are written from where they are, while the next step has them overwritten: it gets others.
         state = jax.tree.map(jnp.copy, self.state) if jax.default_backend() == "cpu" else self.state
@@ -368,6 +370,7 @@ class _Loop:
         self.clock["save"] += time.monotonic() - began
 
     def _validate(self) -> None:
+        jax.block_until_ready(self.state)
         began = time.monotonic()
         best = {name: learner.best for name, learner in self.state.learners.items()}
         if jax.process_count() > 1:
@@ -375,22 +378,27 @@ class _Loop:
         else:
             frozen = self.frozen
         if jax.process_index() == 0:
-            figures, video = self.stage.validate(best, frozen)
-            path = self.output / "validation" / f"step-{self.step:06d}.mp4"
             try:
-                with VideoWriter(path, overwrite=True) as writer:
-                    writer.write(video)
-            except (UserError, OSError) as error:
-                self.reporter.say(f"warning: {error}; training goes on")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                moments = np.linspace(0, len(video) - 1, 4).astype(int)
-                save_image(contact_sheet(video[moments], 4), path.with_suffix(".png"))
-            except (UserError, OSError) as error:
-                self.reporter.say(f"warning: {error}; training goes on")
-            if figures:
-                self.metrics.write(self.step, figures)
+                self._write_validation(*self.stage.validate(best, frozen))
+            except UserError as error:  # no memory for it, mostly
+                self.reporter.say(f"warning: no validation video ({error}); training goes on")
         self.clock["validate"] += time.monotonic() - began
+
+    def _write_validation(self, figures: dict[str, float], video: np.ndarray) -> None:
+        path = self.output / "validation" / f"step-{self.step:06d}.mp4"
+        try:
+            with VideoWriter(path, overwrite=True) as writer:
+                writer.write(video)
+        except (UserError, OSError) as error:
+            self.reporter.say(f"warning: {error}; training goes on")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            moments = np.linspace(0, len(video) - 1, 4).astype(int)
+            save_image(contact_sheet(video[moments], 4), path.with_suffix(".png"))
+        except (UserError, OSError) as error:
+            self.reporter.say(f"warning: {error}; training goes on")
+        if figures:
+            self.metrics.write(self.step, figures)
 
     def _stop_if_asked(self) -> None:
         limit = self.config.run.minutes
@@ -406,6 +414,9 @@ class _Loop:
         if self.saved != self.step:
             self._save()
         self.checkpoints.wait()
+        if self.checkpoints.latest != self.step:  # it could not be written: once more
+            self._save()
+            self.checkpoints.wait()
         if self.step == self.total:
             return
         why = f"{limit:g} minutes are over" if over else signal.Signals(number).name

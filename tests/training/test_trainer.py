@@ -155,6 +155,34 @@ def test_training_goes_on_when_the_disk_is_full_and_then_is_not(whole, tmp_path)
     assert not list((tmp_path / "state").glob("*tmp*"))
 
 
+def test_a_save_that_failed_does_not_take_the_next_along(tmp_path):
+    """The disk is full in the save after step 4 only; that of step 6 is written, and a signal would find it."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    seen = []
+
+    def on_step(step):
+        if step in (3, 5):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, old[1]) if step == 3 else old)
+        if step == 7:
+            seen.extend(sorted(int(path.name) for path in (tmp_path / "state").iterdir() if path.name.isdigit()))
+
+    try:
+        run(tmp_path, changed(log_every=2), on_step=on_step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert seen == [6]
+
+
+def test_training_goes_on_without_a_validation_video(whole, tmp_path, monkeypatch):
+    def refused(*_):
+        raise UserError("the video takes 71 GiB")
+
+    monkeypatch.setattr(ToyStage, "validate", refused)
+    said = run(tmp_path).lines
+    assert "warning: no validation video (the video takes 71 GiB); training goes on" in said
+    np.testing.assert_array_equal(np.load(tmp_path / "checkpoint" / "w.npy"), np.load(whole / "checkpoint" / "w.npy"))
+
+
 def test_figures_that_cannot_be_written_are_said_once(tmp_path):
     said = []
     metrics = Metrics(tmp_path, 0, said.append, tensorboard=False)

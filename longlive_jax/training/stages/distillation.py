@@ -30,7 +30,6 @@ from longlive_jax.errors import raise_all
 from longlive_jax.models.layers import initial, structure
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
-from longlive_jax.pipeline import LongLivePipeline
 from longlive_jax.tokenizer import PromptTokenizer
 from longlive_jax.training import lora
 from longlive_jax.training.dmd import Score
@@ -450,8 +449,7 @@ class DistillStage(ModelStage):
     def validate(self, best, frozen):
         params = {"transformer": self._merged("generator", best, frozen), "vae": frozen["vae"]}
         params["text_encoder"] = frozen["text_encoder"]
-        pipe = LongLivePipeline(self.model, params, self._tokenizer, note=self.say)
-        return {}, side_by_side(pipe(test_prompts(4), seconds=3).frames, 2)
+        return {}, side_by_side(self.pipeline(params)(test_prompts(4), seconds=3).frames, 2)
 
     def finish(self, best, frozen, folder: Path, provenance: dict[str, Any]) -> None:
         """The student's folder; and the critic's beside it, for a stage that goes on."""

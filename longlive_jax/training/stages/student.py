@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-from longlive_jax.pipeline import LongLivePipeline
 from longlive_jax.training.batch import Batch
 from longlive_jax.training.flow_matching import flow_matching_loss
 from longlive_jax.training.remat import rematerialise
@@ -46,6 +45,5 @@ class StudentStage(TransformerStage):
         return self._turns(phase.frames == self.config.sampler.block_frames, plain)
 
     def validate(self, best, frozen):
-        pipe = LongLivePipeline(self.model, self.networks(best, frozen), self._tokenizer, note=self.say)
-        video = pipe(test_prompts(4), seconds=3)
+        video = self.pipeline(self.networks(best, frozen))(test_prompts(4), seconds=3)
         return {}, side_by_side(video.frames, 2)

@@ -22,6 +22,7 @@ from longlive_jax.models.layers import initial, structure
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
+from longlive_jax.pipeline import LongLivePipeline
 from longlive_jax.tokenizer import PromptTokenizer, train_unigram
 from longlive_jax.training.latents import cached_latents
 from longlive_jax.training.phases import LatentPhase
@@ -95,6 +96,12 @@ class ModelStage(Stage):
         if stored.text_encoder is not None and tokens > stored.text_encoder.vocab_size:
             faults.append(f"its tokeniser has {tokens} tokens, its text encoder {stored.text_encoder.vocab_size}")
         raise_all(faults, f"init {self.config.init} is of another model: ")
+
+    def pipeline(self, params: dict[str, Any]) -> LongLivePipeline:
+        """Makes validation videos; in the dtype of the run, but on a CPU in float32."""
+        dtype = "float32" if jax.default_backend() == "cpu" else self.config.run.dtype
+        params = jax.tree.map(lambda a: a.astype(dtype), params)
+        return LongLivePipeline(self.model, params, self._tokenizer, dtype=dtype, note=self.say)
 
     def first_params(self) -> dict[str, Any]:
         """Transformer and text encoder, of `init` or newly drawn."""
