@@ -37,7 +37,7 @@ DEFINITIONS = (
 """What the figures include."""
 
 NOT_MEASURED = (
-    "TAEHV in either framework; the official code streaming (decoding block by block with its cache); int8 end to end; "
+    "TAEHV in either framework; the official code streaming (decoding block by block with its cache); "
     "float8 in the model (its products are); tokamax's attention and flash-attention itself; drift of latents over "
     "blocks, and keys and values after a block; A-B-A in one process (our block is repeated at each call's end instead)"
 )

@@ -262,24 +262,30 @@ def start_from_checkpoint(context: Context, folder: str) -> None:
     context.emit(first_frame_seconds=time.time() - started, compiled=ours.compiled)
 
 
-ATTENTION: dict[str, dict[str, Any]] = {"cudnn": {"implementation": "cudnn"}} | {
-    f"cudnn, keys in {n} parts": {"implementation": "cudnn", "split_kv": n} for n in (2, 3, 5)
-}
+ATTENTION: dict[str, dict[str, Any]] = {
+    "cudnn": {"implementation": "cudnn"},
+    "cudnn, with a length": {"implementation": "cudnn", "with_length": True},  # as the model, whose cache fills up
+} | {f"cudnn, keys in {n} parts": {"implementation": "cudnn", "split_kv": n} for n in (2, 3, 5)}
 """Implementations of `longlive_jax.models.attention.attention`: arguments by name."""
 
 
 def ours_attention(context: Context) -> None:
     """Self-attention of a block over one to four blocks of keys."""
     import jax
+    import numpy as np
 
     from longlive_jax.models.attention import attention
 
     on_cpu = jax.default_backend() == "cpu"
-    for name, options in {"xla": {"implementation": "xla"}}.items() if on_cpu else ATTENTION.items():
-        run = jax.jit(lambda q, k, v, options=options: attention(q, k, v, **options))
+    on_a_cpu = {name: {"implementation": "xla", "with_length": name != "xla"} for name in ("xla", "xla, with a length")}
+    for name, options in (on_a_cpu if on_cpu else ATTENTION).items():
+        with_length = options.get("with_length", False)
+        options = {word: value for word, value in options.items() if word != "with_length"}
+        run = jax.jit(lambda q, k, v, n, options=options: attention(q, k, v, key_length=n, **options))
 
-        def many(args, run=run):
-            return [run(*args) for _ in range(context.size.inner)]
+        def many(args, run=run, with_length=with_length):
+            length = np.int32(args[1].shape[1]) if with_length else None
+            return [run(*args, length) for _ in range(context.size.inner)]
 
         draw = lambda shape, i: jax.random.normal(jax.random.key(i), shape, context.size.dtype)
         attention_figures(context, name, draw, many, timing.wait_for_jax)

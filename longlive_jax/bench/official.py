@@ -360,6 +360,9 @@ def vae_decodes(repo: Path, config: ModelConfig, sampler: SamplerConfig, dtype: 
 
     def prepare(channels_last: bool, whole: bool) -> Callable[[], torch.Tensor]:
         form = torch.channels_last_3d if channels_last else torch.contiguous_format
+        torch.backends.cudnn.benchmark = (
+            channels_last or whole
+        )  # what is not as shipped chooses its kernels, as XLA does
         set_layout(vae, channels_last)
         z = latents.contiguous(memory_format=form)
         vae.clear_cache()
@@ -374,8 +377,9 @@ def vae_decodes(repo: Path, config: ModelConfig, sampler: SamplerConfig, dtype: 
 
     def compiled(channels_last: bool) -> Callable[[], torch.Tensor]:
         torch._dynamo.config.recompile_limit = 64
+        call = prepare(channels_last, True)  # its start, frame by frame, is not to be compiled
         vae.decoder.compile(backend=_backend(device))
-        return prepare(channels_last, True)
+        return call
 
     return {
         "stock": lambda: prepare(False, False),

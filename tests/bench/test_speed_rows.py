@@ -66,6 +66,15 @@ def test_it_goes_on_where_it_stopped_and_tries_what_failed_last(calls, tmp_path)
     assert list(json.loads(output.read_text())["rows"]) == ["fails", "works", "new"]
 
 
+def test_a_try_that_is_cut_short_keeps_what_the_one_before_has_seen(calls, tmp_path):
+    _, words = calls
+    output = tmp_path / "results.json"
+    before = {"status": "stopped", "seconds": 20.0, "figures": {"block": 250, "ms": 5}}
+    output.write_text(json.dumps({"rows": {"hangs": before}}))
+    row = h100.run_all(rows("hangs"), output, 60, words, {}, print)["rows"]["hangs"]
+    assert row["figures"] == {"block": 250, "ms": 4} and row["status"] == h100.LATE
+
+
 def test_without_time_a_row_is_said_not_to_have_run(calls, tmp_path):
     started, words = calls
     results = h100.run_all(rows("works"), tmp_path / "results.json", 5, words, {}, print)
