@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Num
 
 from longlive_jax.errors import UserError
@@ -23,9 +23,10 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 PARAM_SPECS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Path in the parameter tree -> axes of the *last* dimensions (a stacked layer axis in front stays whole).
-    (r"blocks/.*(self_attn|cross_attn)/(q|k|v)/kernel", ("fsdp", "tensor")),  # [D, D]
-    (r"blocks/.*(self_attn|cross_attn)/o/kernel", ("tensor", "fsdp")),  # [D, D]
-    (r"blocks/.*ffn/up/kernel", ("fsdp", "tensor")),  # [D, F]
+    # The text encoder's too, whose attention is `attn` and which has a `gate`: in training it is cut up as well.
+    (r"blocks/.*attn/(q|k|v)/kernel", ("fsdp", "tensor")),  # [D, D]
+    (r"blocks/.*attn/o/kernel", ("tensor", "fsdp")),  # [D, D]
+    (r"blocks/.*ffn/(up|gate)/kernel", ("fsdp", "tensor")),  # [D, F]
     (r"blocks/.*ffn/down/kernel", ("tensor", "fsdp")),  # [F, D]
     (r"blocks/.*ffn/up/bias", ("tensor",)),  # [F]
     # int8 layers have the summed axis last, and a scale an output channel.
@@ -33,6 +34,9 @@ PARAM_SPECS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/.*(self_attn|cross_attn)/o/int8|blocks/.*ffn/down/int8", ("fsdp", "tensor")),
     (r"blocks/.*(self_attn|cross_attn)/(q|k|v)/scale|blocks/.*ffn/up/scale", ("tensor",)),
     (r"blocks/.*(self_attn|cross_attn)/o/scale|blocks/.*ffn/down/scale", ("fsdp",)),
+    (r"blocks/.*/lora_a", ("fsdp", None)),  # [D or F, rank]
+    (r"blocks/.*/lora_b", (None, "fsdp")),  # [rank, D or F]
+    (r"token_embedding", (None, "fsdp")),
     (r"(patch_embedding|text_embedding/.*|time_embedding/.*|time_projection|head/linear)/kernel", ("fsdp", None)),
 )
 
@@ -124,7 +128,7 @@ def _constrain(x, axes):
 # MARK: placement
 
 
-def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Axes of one parameter; dimensions that an axis does not divide stay whole."""
     for pattern, axes in PARAM_SPECS:
         if re.fullmatch(pattern, path):

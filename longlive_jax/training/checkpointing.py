@@ -75,7 +75,7 @@ class Checkpoints:
         """The newest checkpoint.
 
         Args:
-          like: a state of the structure, shapes and places that are wanted.
+          like: shapes of a state, with the places that are wanted.
           iterator_at: gives the data iterator that a step belongs to; grain's is set to its position. None for none.
 
         Returns:

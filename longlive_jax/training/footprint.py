@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from longlive_jax import memory
 from longlive_jax.errors import UserError
+from longlive_jax.sharding import AXES
 from longlive_jax.training.optimizer import make_optimizer
 from longlive_jax.training.stages.base import Stage
+from longlive_jax.training.step import spec_of
+
+
+def placed(tree: Any, mesh: AbstractMesh) -> int:
+    """Numbers in a tree's arrays on all devices together: what no axis cuts up lies on each of them."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not leaf.shape:
+            continue  # counters
+        cut = math.prod(mesh.shape[axis] for axis in spec_of(path, leaf, mesh) if axis is not None)
+        total += math.prod(leaf.shape) * mesh.size // cut
+    return total
 
 
 def required_memory(stage: Stage) -> dict[str, int]:
     """Bytes on all devices of the mesh together, by what needs them; the most hungry phase counts."""
     learners, frozen = stage.shapes()
     run, optimizer = stage.config.run, stage.config.optimizer
-    count = lambda tree: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
-    weights = 4 * count(learners)
+    mesh = AbstractMesh((run.data, run.fsdp, 1, 1), AXES)
+    weights = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(learners))
     states = jax.eval_shape(make_optimizer(optimizer, 1.0, optimizer.warmup + 1).init, learners)
-    moments = [leaf for leaf in jax.tree.leaves(states) if leaf.ndim]  # not its counters
-    averaged = 4 * count({name: params for name, params in learners.items() if stage.averages(name)})
+    averaged = {name: params for name, params in learners.items() if stage.averages(name)}
     phases = [stage.activations(phase) for phase in stage.config.phases]
     largest = max(phases, key=lambda parts: sum(parts.values()))
     return {
-        "weights": weights * run.data,
-        "optimiser": 4 * count(moments) * run.data,
-        "averaged weights": averaged * run.data if optimizer.ema else 0,
+        "weights": 4 * placed(learners, mesh),
+        "optimiser": 4 * placed(states, mesh),
+        "averaged weights": 4 * placed(averaged, mesh) if optimizer.ema else 0,
         # A stream's gradient is whole on its device before it is summed; with several times, the sum is beside it.
         "gradients": weights * run.devices * (1 if run.streams == run.devices else 2),
-        "frozen networks": jnp.dtype(run.dtype).itemsize * count(frozen) * run.data,
+        "frozen networks": jnp.dtype(run.dtype).itemsize * placed(frozen, mesh),
         **{name: size * run.devices for name, size in largest.items()},
     }
 

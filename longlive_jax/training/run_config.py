@@ -23,7 +23,7 @@ class OptimizerConfig:
     Attributes:
       kind: "adamw" (the reference's); or "muon", which learns the matrices of a transformer's blocks by orthogonalised
         momentum (0.95) and everything else by AdamW with Nesterov's momentum, at one rate.
-      b1: decay of the first moment; at 0 it is the gradient itself and is not kept.
+      b1: decay of the first moment; at 0 it is the gradient itself and AdamW does not keep it (Muon does).
       b2: decay of the second moment.
       eps: of AdamW.
       weight_decay: of all parameters, times the learning rate.

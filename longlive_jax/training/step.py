@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from longlive_jax import checkpoint
 from longlive_jax.sharding import param_spec, taken, using
@@ -158,16 +158,19 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """Where each array of a state (or of frozen networks) lives: parameters and all that has their paths by the table
     of `sharding.py`, the streams' carry over the devices, the rest everywhere."""
 
-    def place(path, leaf):
-        names = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path]
-        if "carry" in names:
-            return NamedSharding(mesh, PartitionSpec() if "shared" in names else STREAMS)
-        networks = [i for i, name in enumerate(names) if name in checkpoint.MODULES or name in ("teacher", "critic")]
-        if not networks:
-            return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, param_spec("/".join(names[networks[-1] + 1 :]), leaf.shape, mesh))
-
+    place = lambda path, leaf: NamedSharding(mesh, spec_of(path, leaf, mesh))
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def spec_of(path: tuple, leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Axes of an array of a state, of learners' parameters, or of frozen networks, by its path there."""
+    names = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path]
+    if "carry" in names:
+        return PartitionSpec() if "shared" in names else STREAMS
+    networks = [i for i, name in enumerate(names) if name in checkpoint.MODULES or name in ("teacher", "critic")]
+    if not networks:
+        return PartitionSpec()
+    return param_spec("/".join(names[networks[-1] + 1 :]), leaf.shape, mesh)
 
 
 def arrange(batch: Any, devices: int) -> Any:

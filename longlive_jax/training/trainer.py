@@ -39,7 +39,7 @@ from longlive_jax.training.metrics import Metrics, summary
 from longlive_jax.training.optimizer import make_optimizer
 from longlive_jax.training.runs import claim, hold, plain, release, shorten, shortened
 from longlive_jax.training.stages.base import Stage
-from longlive_jax.training.step import DEVICES, Teaching, arrange, gathered, make_step, own_places, put
+from longlive_jax.training.step import DEVICES, Teaching, arrange, gathered, make_step, own_places, put, shardings
 from longlive_jax.training.streams import axes, each, keys_of
 from longlive_jax.video import VideoWriter, contact_sheet, save_image
 
@@ -140,7 +140,9 @@ class _Loop:
         self.mine = [s for s in streams if s % self.config.run.devices in own_places(mesh)]
         if checkpoints.latest is not None:
             self.step = self.saved = checkpoints.latest
-            self.state, self.iterator = checkpoints.restore(self.state, self._iterator_at)
+            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
+            self.state = None  # what is read takes its place
+            self.state, self.iterator = checkpoints.restore(like, self._iterator_at)
             reporter.say(f"resumed at step {self.step} of {self.total}")
         run = self.config.run
         self.metrics = None
@@ -175,8 +177,17 @@ class _Loop:
 
     def _begin(self, params: dict[str, Any], phase) -> TrainState:
         teaching = self._teaching(phase)
-        learners = {n: Learner.begin(p, teaching[n].optimizer, teaching[n].config) for n, p in params.items()}
-        return put(TrainState.begin(learners, self.config.run.seed, self.stage.carry(phase)), self.mesh)
+
+        def begin(params: dict[str, Any]) -> TrainState:
+            learners = {n: Learner.begin(p, teaching[n].optimizer, teaching[n].config) for n, p in params.items()}
+            return TrainState.begin(learners, self.config.run.seed, self.stage.carry(phase))
+
+        if self.mesh is None:
+            return put(begin(params), None)
+        # Made where it lives: no device could hold all of it.
+        params = put(params, self.mesh)
+        where = shardings(jax.eval_shape(begin, params), self.mesh)
+        return jax.jit(begin, out_shardings=where)(params)
 
     def _next_phase(self, phase) -> None:
         """The weights to hand on begin a new phase; key and step go on."""
