@@ -154,6 +154,7 @@ class DistillStage(ModelStage):
     streaming: bool
 
     def __init__(self, config, output, say):
+        self._files = PromptSource(config.prompts, 1 + self.streaming) if config.prompts else None
         super().__init__(config, output, say)
         self._teacher = hub.find(config.teacher) if config.teacher else None
         self._critic = hub.find(config.critic) if config.critic else self._teacher
@@ -175,7 +176,6 @@ class DistillStage(ModelStage):
         self._compare_scores()
         self.schedule = ChunkSchedule(len(config.distillation.starts), config.student_every)
         self.switches = config.distillation.switches if self.streaming else ()
-        self._files = PromptSource(config.prompts, 1 + self.streaming) if config.prompts else None
 
     def _compare_scores(self) -> None:
         """Refuses scores that do not judge such latents, or do not read such prompts: the student's text encoder, which
