@@ -182,16 +182,26 @@ def ours_dit(context: Context, brief: bool = False) -> None:
     context.emit(passes={n: spent(t, pass_flops(size, n)) for n, t in passes.items()}, compiled=ours.compiled)
 
 
+def ours_pass(context: Context) -> None:
+    """A pass by how much it attends, alone: the one program that has to be compiled to compare variants of the
+    transformer."""
+    size, ours = context.size, context.ours()
+    passes = ours.passes(ours.init(False), size.calls)
+    context.emit(passes={n: spent(t, pass_flops(size, n)) for n, t in passes.items()}, compiled=ours.compiled)
+
+
 def ours_video(context: Context) -> None:
-    """Everything, pixels on the host: FPS over blocks, first frame, memory."""
+    """Everything, pixels on the host: FPS over blocks, the block after a prompt switch, first frame, memory."""
     from longlive_jax.bench.machine import peak_memory
 
     size, ours = context.size, context.ours()
-    state = ours.steady(True)
+    state = ours.switch(ours.steady(True), True)
     context.emit(compiled=ours.compiled)
     flops = block_flops(size) + vae_flops(size)
     times, state = ours.stream(state, max(3, size.blocks + 5), seconds=30)
     context.emit(block=spent(times, flops), fps=12e3 / times.p50, memory=peak_memory())
+    times, state = ours.stream(state, max(3, size.blocks // 3), seconds=15, switch=True)
+    context.emit(switched=spent(times), compiled=ours.compiled)
     context.emit(first_frame=spent(ours.first_frame()), memory_end=peak_memory())
 
 

@@ -172,10 +172,17 @@ class Ours:
 
         return measure(call, warmup=1, calls=blocks, seconds=seconds), state
 
-    def stream(self, state: DecodeState, blocks: int, *, seconds: float = float("inf")) -> tuple[Times, DecodeState]:
-        """Times from block to block as its uint8 pixels arrive on the host, the next block already on its way."""
-        arrivals, waiting, end = [], None, now() + seconds
-        while len(arrivals) < blocks + 1 and (len(arrivals) < 4 or now() < end):
+    def stream(
+        self, state: DecodeState, blocks: int, *, seconds: float = float("inf"), switch: bool = False
+    ) -> tuple[Times, DecodeState]:
+        """Times from block to block as its uint8 pixels arrive on the host, the next block already on its way.
+
+        `switch`: the prompt is switched before every second block; the times are of those blocks alone.
+        """
+        arrivals, waiting, end, after = [], None, now() + seconds, 2 if switch else 1
+        while len(arrivals) < after * blocks + 1 and (len(arrivals) < 4 or now() < end):
+            if switch and len(arrivals) % 2:  # so of the next block the time since the last arrival is kept
+                state = self.switch(state, True)
             state, out = self.step(state, True)
             out.frames.copy_to_host_async()
             if waiting is not None:
@@ -183,7 +190,8 @@ class Ours:
                 arrivals.append(now())
             waiting = out.frames
         np.asarray(waiting)
-        return Times.of(1000 * (b - a) for a, b in zip(arrivals, arrivals[1:])), state
+        times = [1000 * (b - a) for a, b in zip(arrivals, arrivals[1:])]
+        return Times.of(times[after - 1 :: after]), state
 
     def video(self, blocks: int) -> float:
         """Milliseconds from prompt embedding to the uint8 pixels of so many blocks on the host."""
