@@ -33,7 +33,7 @@ DEFINITIONS = (
     "Its `block` adds up a block's passes and decoding with the window full, without the way to the host.",
     "Switched: the same from block to block, of blocks before which the prompt is switched (recache, sink kept). At 16 "
     "frames a second a block plays for 750 ms; a viewer waits for no frame if the next one comes sooner.",
-    "Pass, ours: one forward pass by how many latent frames it attends; variants are compared by that of a full window.",
+    "Pass, ours: a forward pass by how many latent frames it attends; variants are compared by that of a full window.",
     "First frame: from prompt embedding to the first block's pixels on the host, all compiled; stock: one block.",
     "int8: the transformer's blocks only; not the same numbers as bfloat16, so never among the fastest of ours.",
 )

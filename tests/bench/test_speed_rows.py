@@ -212,9 +212,14 @@ def test_the_report_compares_the_fastest_and_names_what_failed(tmp_path):
     rows = {
         "ceilings": done(hardware=machine[0], versions=machine[1], matmul=machine[2], copy={"bytes_per_second": 3e12}),
         "DiT, ours": done(
-            block=timed(250.0, 4e14), block_5=timed(250.0), block_320=timed(252.0), recache=timed(160.0),
-            weight_bytes={"transformer": 2_840_000_000}, passes={"3": timed(30.0), "12": timed(48.0)},
-            memory_5={"bytes": 9, "now": 1000, "of": "device"}, memory_320={"bytes": 9, "now": 1000, "of": "device"},
+            block=timed(250.0, 4e14),
+            block_5=timed(250.0),
+            block_320=timed(252.0),
+            recache=timed(160.0),
+            weight_bytes={"transformer": 2_840_000_000},
+            passes={"3": timed(30.0), "12": timed(48.0)},
+            memory_5={"bytes": 9, "now": 1000, "of": "device"},
+            memory_320={"bytes": 9, "now": 1000, "of": "device"},
         ),
         "DiT, ours: unrolled layers": done(block=timed(200.0, 6e14)),
         "DiT, ours: int8, w8a8": done(block=timed(100.0), weight_bytes={"transformer": 1_450_000_000}),
