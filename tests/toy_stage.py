@@ -82,7 +82,8 @@ class ToyStage(Stage):
         def loss(params, nets, carry, batch, keys):
             noise = 0.1 * jax.random.normal(keys.own, batch["x"].shape)
             error = jnp.mean(jnp.square(batch["x"] * (params["w"] - nets["goal"]) + noise))
-            return error * (jnp.nan if poisoned else 1.0), (carry, {"twice": 2 * error})
+            lost = {"toy_not_finite": jnp.full((), 0.25)} if poisoned else {}
+            return error * (jnp.nan if poisoned else 1.0), (carry, {"twice": 2 * error, **lost})
 
         return (Turn("toy", loss),)
 

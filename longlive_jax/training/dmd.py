@@ -94,15 +94,19 @@ def guided(with_prompt, without, scale: float):
 
 def dmd_gradient(
     x: Float[Array, "b t h w c"], fake: Float[Array, "b t h w c"], real: Float[Array, "b t h w c"]
-) -> Float[Array, "b t h w c"]:
+) -> tuple[Float[Array, "b t h w c"], Float[Array, ""]]:
     """(fake - real) over each video's mean |x - real|; what is not a number is 0.
 
     Args:
       x: what the student made.
       fake, real: the critic's and the teacher's x0.
+
+    Returns:
+      The gradient, and which share of it was not a number: from it nobody learns, so somebody must be told.
     """
     scale = jnp.mean(jnp.abs(x - real), axis=(1, 2, 3, 4), keepdims=True)
-    return jnp.nan_to_num((fake - real) / scale)
+    gradient = (fake - real) / scale
+    return jnp.nan_to_num(gradient), jnp.mean(~jnp.isfinite(gradient), dtype=jnp.float32)
 
 
 def masked_mean(values: Float[Array, "b t h w c"], frames: Bool[Array, " t"]) -> Float[Array, ""]:
@@ -132,8 +136,8 @@ def score_difference(
     prompt_embeds: Num[Array, "b l e"],
     negative_embeds: Num[Array, "b l e"],
     guidance: float,
-) -> Float[Array, "b t h w c"]:
-    """The normalised gradient for x; nothing flows back through it.
+) -> tuple[Float[Array, "b t h w c"], Float[Array, ""]]:
+    """The normalised gradient for x, and which share was not a number (`dmd_gradient`); nothing flows back through it.
 
     Args:
       teacher, critic: the two scores, parameters in `params`.

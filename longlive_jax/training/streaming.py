@@ -91,7 +91,8 @@ class Distillation:
         """
         draws = self.draw(keys, state, first=first)
         loss, (state, terms) = self.generator_terms(generator, params, state, prompts, draws, first=first)
-        return loss, (state, self._metrics(draws) | {"dmd_gradient": jnp.mean(jnp.abs(terms["dmd_gradient"]))})
+        size, lost = jnp.mean(jnp.abs(terms["dmd_gradient"])), terms["scores_not_finite"]
+        return loss, (state, self._metrics(draws) | {"dmd_gradient": size, "scores_not_finite": lost})
 
     def critic_loss(
         self, critic: Any, params: Params, state: StreamState, prompts: Prompts, keys: Parted, *, first: bool
@@ -104,15 +105,15 @@ class Distillation:
     def generator_terms(
         self, generator: Any, params: Params, state: StreamState, prompts: Prompts, draws: ChunkDraws, *, first: bool
     ) -> tuple[Float[Array, ""], tuple[StreamState, dict[str, Array]]]:
-        """`generator_loss` with given draws; the terms are new_latents, window and dmd_gradient."""
+        """`generator_loss` with given draws; the terms are new_latents, window, dmd_gradient and scores_not_finite."""
         after, tape = self.rollout.run(generator, state, prompts, draws.rollout)
         new = self.rollout.with_gradient(generator, state, prompts, draws.rollout, tape)
         window, frames = self.judged(params, state, new, tape, first)
-        gradient = score_difference(
+        gradient, lost = score_difference(
             self.teacher, self.critic, params, window, draws.noise, self._levels(draws),
             prompts.embeds[tape.prompt[-1]], prompts.negative, self.config.guidance,
         )  # fmt: skip
-        terms = {"new_latents": new, "window": window, "dmd_gradient": gradient}
+        terms = {"new_latents": new, "window": window, "dmd_gradient": gradient, "scores_not_finite": lost}
         return dmd_loss(window, gradient, self._counted(frames, draws)), (after, jax.lax.stop_gradient(terms))
 
     def critic_terms(

@@ -363,6 +363,9 @@ class _Loop:
         self.reporter.progress(self.step, self.total, phase.name, figures)
         self.pending, self.marked, self.split = [], time.monotonic(), {}
         self.clock = dict.fromkeys(self.clock, 0.0)
+        for name, share in figures.items():
+            if name.endswith("not_finite") and share > 0:
+                self.reporter.say(f"warning: {name} is {share:.3g}: nothing is learnt from so much; training goes on")
         in_a_row = max((v for name, v in figures.items() if name.endswith("skipped_in_a_row")), default=0)
         if in_a_row >= self.config.run.max_skips:
             raise UserError(

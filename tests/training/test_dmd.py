@@ -23,7 +23,8 @@ def draw(seed: int):
 
 def test_gradient_is_normalised_for_each_video():
     x, fake, real = draw(0), draw(1), draw(2)
-    gradient = dmd.dmd_gradient(x, fake, real)
+    gradient, lost = dmd.dmd_gradient(x, fake, real)
+    assert float(lost) == 0
     for b in range(2):
         expected = (fake[b] - real[b]) / np.mean(np.abs(x[b] - real[b]))
         np.testing.assert_allclose(gradient[b], expected, rtol=1e-5)
@@ -31,11 +32,13 @@ def test_gradient_is_normalised_for_each_video():
 
 def test_what_is_not_a_number_is_no_gradient():
     x, fake, real = draw(0), draw(1), draw(2)
-    gradient = dmd.dmd_gradient(x, fake.at[0, 1].set(jnp.nan), real)
+    gradient, lost = dmd.dmd_gradient(x, fake.at[0, 1].set(jnp.nan), real)
     assert not gradient[0, 1].any()
-    np.testing.assert_array_equal(gradient[1], dmd.dmd_gradient(x, fake, real)[1])
+    assert float(lost) == pytest.approx(1 / 8), "one frame of four, of one video of two"
+    np.testing.assert_array_equal(gradient[1], dmd.dmd_gradient(x, fake, real)[0][1])
     # A video that is where the teacher wants it: 0 / 0.
-    assert not dmd.dmd_gradient(x, x, x).any()
+    gradient, lost = dmd.dmd_gradient(x, x, x)
+    assert not gradient.any() and float(lost) == 1
 
 
 def test_guidance_is_the_official_form_plus_one():
@@ -110,11 +113,11 @@ def test_difference_of_scores():
 
     def loss(x, guidance=4.0):
         args = levels, prompt, negative, guidance
-        return dmd.score_difference(teacher, critic, params, x, noise, *args)
+        return dmd.score_difference(teacher, critic, params, x, noise, *args)[0]
 
     x_t = (1 - levels.added) * x + levels.added * noise
     real = lambda scale: x_t - levels.added * scale * teacher.given
     fake = x_t - levels.added * critic.given
-    np.testing.assert_allclose(loss(x), dmd.dmd_gradient(x, fake, real(2.5)), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(loss(x, 1.0), dmd.dmd_gradient(x, fake, real(1.0)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss(x), dmd.dmd_gradient(x, fake, real(2.5))[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss(x, 1.0), dmd.dmd_gradient(x, fake, real(1.0))[0], rtol=1e-4, atol=1e-5)
     assert not jax.grad(lambda x: jnp.sum(loss(x)))(x).any()

@@ -389,6 +389,15 @@ def test_gives_up_after_too_many_skips(tmp_path):
         run(tmp_path, changed(max_skips=3), poison=(2, 3, 4, 5))
 
 
+def test_what_is_not_finite_is_told(tmp_path):
+    assert (
+        run(tmp_path, poison=(2,)).lines.count(
+            "warning: toy_not_finite is 0.25: nothing is learnt from so much; training goes on"
+        )
+        == 2
+    ), "step 2 of either phase"
+
+
 def test_an_error_names_the_last_good_checkpoint(tmp_path):
     def on_step(step):
         if step == 5:
