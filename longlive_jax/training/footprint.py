@@ -42,8 +42,8 @@ def required_memory(stage: Stage) -> dict[str, int]:
         "weights": 4 * placed(learners, mesh),
         "optimiser": 4 * placed(states, mesh),
         "averaged weights": 4 * placed(averaged, mesh) if optimizer.ema else 0,
-        # A stream's gradient is whole on its device before it is summed; with several times, the sum is beside it.
-        "gradients": weights * run.devices * (1 if run.streams == run.devices else 2),
+        # A stream's gradient is whole on its device before it is summed; the sum, beside it, is cut up.
+        "gradients": weights * run.devices + (4 * placed(learners, mesh) if run.streams > 1 else 0),
         "frozen networks": jnp.dtype(run.dtype).itemsize * placed(frozen, mesh),
         **{name: size * run.devices for name, size in largest.items()},
     }

@@ -135,6 +135,10 @@ def gradient(loss: Callable, params: Any, nets: Any, carry: Any, batch: Any, key
                 # Each device has the gradient of its own stream, in float32, before anything is summed.
                 new = jax.lax.with_sharding_constraint(new, NamedSharding(mesh, PartitionSpec(DEVICES)))
             new = jax.tree.map(lambda a: jnp.sum(a, axis=0), new)
+        if mesh is not None:
+            # A device keeps the sum of those parameters only that it has: a reduce-scatter.
+            grads, *rest = new
+            new = jax.lax.with_sharding_constraint(grads, shardings(grads, mesh)), *rest
         return new if total is None else jax.tree.map(jnp.add, total, new), carry
 
     parts = tuple(own(tree) for tree in streams)

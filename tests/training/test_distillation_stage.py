@@ -17,6 +17,7 @@ from longlive_jax.training.stages.distillation import (
     ChunkSchedule,
     DistillSource,
     InitStage,
+    LongStage,
     ShuffledPrompts,
     SpritePrompts,
 )
@@ -137,3 +138,18 @@ def test_faults_are_collected():
         UserError, match="3 faults: .*does not split into 2 streams.*; sampler: rope.*; lora_rank is -1"
     ):
         LongTrainConfig(phases=phases, run=run, sampler=sampler, lora_rank=-1)
+
+
+@pytest.mark.parametrize("stage", [InitStage, LongStage])
+def test_validation_shows_the_runs_own_prompts_and_switches_where_training_does(tmp_path, stage):
+    settings = {InitStage: InitTrainConfig, LongStage: LongTrainConfig}[stage]().shrunk()
+    prompts = 1 + stage.streaming
+    shown = stage(settings, tmp_path / "run", lambda line: None).shown()
+    texts = [text for schedule in shown for text in schedule.prompts]
+    assert len(shown) == 4 and len(set(texts)) == 4 * prompts, "all different"
+    assert all(schedule.switch_seconds is None for schedule in shown), "in equal parts"
+    for n in range(prompts):
+        (tmp_path / f"{n}.txt").write_text(f"one of {n}\ntwo of {n}\n")
+    own = dataclasses.replace(settings, prompts=tuple(str(tmp_path / f"{n}.txt") for n in range(prompts)))
+    shown = stage(own, tmp_path / "run", lambda line: None).shown()
+    assert [s.prompts for s in shown] == [tuple(f"{k} of {n}" for n in range(prompts)) for k in ("one", "two")]

@@ -30,6 +30,7 @@ from longlive_jax.errors import raise_all
 from longlive_jax.models.layers import initial, structure
 from longlive_jax.models.transformer import WanTransformer
 from longlive_jax.models.vae import VAE
+from longlive_jax.prompts import Schedule
 from longlive_jax.tokenizer import PromptTokenizer
 from longlive_jax.training import lora
 from longlive_jax.training.dmd import Score
@@ -449,7 +450,15 @@ class DistillStage(ModelStage):
     def validate(self, best, frozen):
         params = {"transformer": self._merged("generator", best, frozen), "vae": frozen["vae"]}
         params["text_encoder"] = frozen["text_encoder"]
-        return {}, side_by_side(self.pipeline(params)(test_prompts(4), seconds=3).frames, 2)
+        return {}, side_by_side(self.pipeline(params)(self.shown(), seconds=3).frames, 2)
+
+    def shown(self, count: int = 4) -> list[Schedule]:
+        """What validation videos show: the first of the run's own files, else prompts that nobody trains on; with a
+        switch in the middle where the videos of training have one."""
+        if self._files is not None:
+            return [Schedule(self._files[i]) for i in range(min(count, len(self._files)))]
+        prompts = test_prompts(count * (1 + self.streaming))
+        return [Schedule(prompts[i::count]) for i in range(count)]
 
     def finish(self, best, frozen, folder: Path, provenance: dict[str, Any]) -> None:
         """The student's folder; and the critic's beside it, for a stage that goes on."""

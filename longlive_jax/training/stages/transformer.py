@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longlive_jax import checkpoint, hub
+from longlive_jax import checkpoint, hub, sharding
 from longlive_jax.config import SPATIAL_FACTOR, ModelConfig, VAEConfig, to_dict
 from longlive_jax.data.latent_source import LatentSource
 from longlive_jax.data.sprite_prompts import all_prompts, canonical
@@ -98,10 +98,14 @@ class ModelStage(Stage):
         raise_all(faults, f"init {self.config.init} is of another model: ")
 
     def pipeline(self, params: dict[str, Any]) -> LongLivePipeline:
-        """Makes validation videos; in the dtype of the run, but on a CPU in float32."""
-        dtype = "float32" if jax.default_backend() == "cpu" else self.config.run.dtype
+        """Makes validation videos; in the dtype of the run, but on a CPU in float32. On the run's mesh, so that no
+        device gets a whole model; of several processes the first has it to itself."""
+        run, mesh = self.config.run, None
+        dtype = "float32" if jax.default_backend() == "cpu" else run.dtype
         params = jax.tree.map(lambda a: a.astype(dtype), params)
-        return LongLivePipeline(self.model, params, self._tokenizer, dtype=dtype, note=self.say)
+        if run.devices > 1 and jax.process_count() == 1:
+            mesh = sharding.make_mesh(data=run.data, fsdp=run.fsdp)
+        return LongLivePipeline(self.model, params, self._tokenizer, dtype=dtype, mesh=mesh, note=self.say)
 
     def first_params(self) -> dict[str, Any]:
         """Transformer and text encoder, of `init` or newly drawn."""
