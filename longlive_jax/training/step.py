@@ -148,9 +148,19 @@ def gradient(loss: Callable, params: Any, nets: Any, carry: Any, batch: Any, key
     else:
         shapes = jax.eval_shape(lambda parts: together(None, jax.tree.map(lambda a: a[0], parts))[0], parts)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, carries = jax.lax.scan(together, zeros, parts)
+        # What streams carry (their KV caches) is large: each row's is read and written where it lies. As inputs and
+        # outputs of the loop all of it would be there twice.
+
+        def in_place(before, at):
+            (total, kept), (index, rest) = before, at
+            mine = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), kept)
+            total, carry = together(total, (mine, *rest))
+            put = lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, index, 0)
+            return (total, jax.tree.map(put, kept, own(carry))), with_own(carry, ())
+
+        (total, kept), shared = jax.lax.scan(in_place, (zeros, parts[0]), (jnp.arange(times), parts[1:]))
         # What is shared is the same after every row of streams: it begins alike, and nothing of theirs reaches it.
-        carry = with_own(jax.tree.map(lambda a: a[0], carries), own(carries))
+        carry = with_own(jax.tree.map(lambda a: a[0], shared), kept)
     grads, value, metrics = jax.tree.map(lambda a: a / (times * devices), total)
     return grads, value, carry, metrics
 

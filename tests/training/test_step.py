@@ -81,6 +81,25 @@ def test_the_carry_of_every_stream_goes_on():
     np.testing.assert_array_equal(state.carry, np.full((4, 1), 2.0))
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_streams_carry_lies_in_memory_once(devices):
+    """Its place is given away, and so the step's: what is left beside it is one row of streams."""
+    times = 8
+    array = lambda *shape: jax.ShapeDtypeStruct((times, devices, *shape), jnp.float32)
+
+    def loss(params, nets, carry, batch, keys):
+        new = jnp.tanh(carry + batch["x"])
+        return jnp.sum(params["w"] * new[0, 0]), (new, {})
+
+    def run(carry, batch, key):
+        return gradient(loss, {"w": jnp.ones(1)}, {}, carry, batch, key)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    compiled = jax.jit(run, donate_argnums=0).lower(array(512, 256), {"x": array(1)}, key).compile()
+    memory, whole = compiled.memory_analysis(), times * devices * 4 * 512 * 256
+    assert memory.alias_size_in_bytes >= whole > 4 * memory.temp_size_in_bytes
+
+
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_what_streams_share_is_told_once(devices):
     """Own: each stream's number; shared: how often. By what is shared the program decides."""

@@ -290,8 +290,8 @@ class DistillStage(ModelStage):
             "critic activations": layer + logits
             + cfg.num_layers * videos * tokens * kept[self.config.distillation.remat] * size,
             # Of the stream in flight the window, and the clean keys and values of a chunk's blocks; of the others what
-            # they carry, before and after the step.
-            "KV caches": (3 + 2 * others) * parked,
+            # they carry, once: it is read and written where it lies (`step.gradient`).
+            "KV caches": (3 + others) * parked,
         }  # fmt: skip
 
     # MARK: data
