@@ -103,6 +103,7 @@ def main(output: str) -> None:
         arrays[f"{name}:recent"] = np.asarray(state.carry.own["recent"]).reshape(
             STREAMS, *state.carry.own["recent"].shape[2:]
         )
+        _, arrays[f"video {name}"] = stage.validate(params, frozen)
     np.savez(output, **arrays)
     print(json.dumps(told))
 
@@ -163,6 +164,13 @@ def test_streams_of_a_turn_share_exit_step_and_switch_but_not_noise():
     assert int(shared["switch_frame"]) in make_stage().switches
     assert np.abs(own["noise"][0] - own["noise"][1]).mean() > 0.5
     assert {int(drawn(2, seed)[1]["exit_step"]) for seed in range(8)} == {0, 1}
+
+
+@pytest.mark.slow
+def test_validation_videos_are_the_same_on_a_mesh(two_devices):
+    alone, mesh = (two_devices[1][f"video {name}"].astype(int) for name in ("alone", "mesh"))
+    assert alone.shape == mesh.shape and alone.std() > 1
+    assert np.abs(alone - mesh).max() <= 2, "levels of 255, at sums in another order"
 
 
 if __name__ == "__main__":
