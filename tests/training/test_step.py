@@ -201,7 +201,6 @@ def main(output: str) -> None:
     arrays = {}
     for name, sizes in {
         "alone": None,
-        "data": {"data": 4},
         "both": {"data": 2, "fsdp": 2},
         "half": {"fsdp": 2},
     }.items():
@@ -233,7 +232,7 @@ def four_devices(tmp_path_factory):
         return dict(arrays)
 
 
-@pytest.mark.parametrize("mesh", ["data", "both", "half"])
+@pytest.mark.parametrize("mesh", ["both", "half"])
 def test_a_step_is_the_same_on_a_mesh(four_devices, mesh):
     alone = {name.removeprefix("alone:"): a for name, a in four_devices.items() if name.startswith("alone:")}
     assert len(alone) > 20
