@@ -112,7 +112,10 @@ def make_step(turns: Sequence[Turn], teaching: Mapping[str, Teaching], mesh: Mes
 
 
 def gradient(loss: Callable, params: Any, nets: Any, carry: Any, batch: Any, key: jax.Array, mesh: Mesh | None = None):
-    """Mean gradient over the streams of a batch: (gradient, loss, carry, metrics), the sums in float32."""
+    """Mean gradient over the streams of a batch: (gradient, loss, carry, metrics), the sums in float32.
+
+    The carry that a loss gives has the names, shapes and dtypes of the one it got.
+    """
     times, devices = jax.tree.leaves(own(batch))[0].shape[:2]
     streams = carry, batch, keys_of(key, (times, devices))
 

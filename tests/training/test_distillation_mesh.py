@@ -25,7 +25,7 @@ from longlive_jax.training.stage_config import LongTrainConfig
 from longlive_jax.training.stages.distillation import LongStage
 from longlive_jax.training.state import StreamState
 from longlive_jax.training.step import Teaching, arrange, gradient, make_step, put
-from longlive_jax.training.streams import Parted
+from longlive_jax.training.streams import Parted, keys_of
 
 STREAMS = 2
 CONFIG = OptimizerConfig(warmup=0, ema=0.0, clip=0.0)
@@ -149,14 +149,27 @@ def test_streams_of_a_turn_share_exit_step_and_switch_but_not_noise():
         stage = make_stage(data=devices)
         distillation, phase = stage._distillation(False), stage.config.phases[0]
 
-        def loss(params, nets, carry, batch, keys):
-            draws = distillation.draw(keys, StreamState.joined(carry), first=True)
-            shared = {"exit_step": draws.rollout.exit_step, "switch_frame": batch.shared["switch_frame"][0]}
-            made = Parted(own={"noise": draws.rollout.noise, "tau": draws.tau}, shared=shared)
-            return 0.0 * jnp.sum(params), (made, {})
+        def draws(state, batch, keys):
+            drawn = distillation.draw(keys, StreamState.joined(state), first=True)
+            switch_frame = batch.shared["switch_frame"][0]
+            shared = {"exit_step": drawn.rollout.exit_step, "switch_frame": switch_frame}
+            return Parted(own={"noise": drawn.rollout.noise, "tau": drawn.tau}, shared=shared)
 
-        made = gradient(loss, jnp.ones(1), {}, stage.carry(phase), batch_of(stage, devices), jax.random.key(seed))[2]
-        return jax.tree.map(lambda a: a.reshape(STREAMS, *a.shape[2:]), made.own), made.shared
+        def loss(params, nets, carry, batch, keys):
+            made = draws(states.replace(own=carry.own["states"]), batch, keys)
+            own = {"states": carry.own["states"], "made": made.own}
+            return 0.0 * jnp.sum(params), (Parted(own=own, shared=made.shared), {})
+
+        # A carry keeps its shapes from stream to stream, so there is a place in it for what is drawn.
+        states, batch, key = stage.carry(phase), batch_of(stage, devices), jax.random.key(seed)
+        first = jax.tree.map(lambda a: a[0, 0], (states.own, batch.own))
+        parts = states.replace(own=first[0]), batch.replace(own=first[1]), keys_of(key)
+        places = jax.eval_shape(draws, *parts)
+        empty = lambda a: jnp.zeros((STREAMS // devices, devices, *a.shape), a.dtype)
+        own = {"states": states.own, "made": jax.tree.map(empty, places.own)}
+        carry = Parted(own=own, shared=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), places.shared))
+        made = gradient(loss, jnp.ones(1), {}, carry, batch, key)[2]
+        return jax.tree.map(lambda a: a.reshape(STREAMS, *a.shape[2:]), made.own["made"]), made.shared
 
     (own, shared), (others, also_shared) = drawn(1), drawn(2)
     jax.tree.map(np.testing.assert_array_equal, (own, shared), (others, also_shared))
