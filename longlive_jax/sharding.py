@@ -116,6 +116,16 @@ def by_head(x: Num[Array, "... h d"]) -> Num[Array, "... h d"]:
     return x if size == 1 or x.shape[-2] % size else _constrain(x, [*free[:-4], free[0], None, "context", None])
 
 
+def whole(weights: Num[Array, "i o"]) -> Num[Array, "i o"]:
+    """Weights as a device needs them that computes for its own stream: gathered, where `taken` axes cut them up.
+
+    Said where they are used and in the dtype they are used in, so one layer at a time crosses the wires, half as wide
+    as the float32 it is kept in. Left alone, the compiler computes with parts of the weights instead, and sends the
+    activations of every layer around (seen on CPUs and for TPUs).
+    """
+    return _constrain(weights, [None] * weights.ndim) if "fsdp" in _taken.get() else weights
+
+
 def _context() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape["context"] if "context" in mesh.axis_names else 1

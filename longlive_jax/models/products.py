@@ -31,8 +31,9 @@ def attends(dtype) -> bool:
 def linear(x: Num[Array, "... i"], kernel: Num[Array, "i o"], bias: Num[Array, " o"] | None) -> Num[Array, "... o"]:
     """x W + b in the dtype of x; the derivatives of W and b are float32."""
     if not by_matrix_units(x.dtype):
-        y = x @ kernel.astype(x.dtype)
+        y = x @ sharding.whole(kernel.astype(x.dtype))
         return y if bias is None else y + bias.astype(x.dtype)
+    kernel = sharding.whole(kernel)  # in float32, for its derivative's sake
     return product(x, kernel) if bias is None else _affine(x, kernel, bias)
 
 

@@ -76,8 +76,25 @@ class Teaching:
     config: OptimizerConfig
 
 
-def make_step(turns: Sequence[Turn], teaching: Mapping[str, Teaching], mesh: Mesh | None = None) -> Callable:
-    """`step(state, frozen, batch) -> state, metrics`, jitted with the state donated.
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """`step(state, frozen, batch) -> state, metrics`, jitted with the state donated, traced knowing its mesh."""
+
+    jitted: Callable[..., Any]
+    mesh: Mesh | None
+
+    def __call__(self, state: TrainState, frozen: dict[str, Any], batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        with using(self.mesh):
+            return self.jitted(state, frozen, batch)
+
+    def lower(self, state: TrainState, frozen: dict[str, Any], batch: Any) -> jax.stages.Lowered:
+        """The program for arguments of these shapes (and places), to be compiled for devices that need not be here."""
+        with using(self.mesh):
+            return self.jitted.lower(state, frozen, batch)
+
+
+def make_step(turns: Sequence[Turn], teaching: Mapping[str, Teaching], mesh: Mesh | None = None) -> Step:
+    """A step of these turns.
 
     All turns see the parameters from before the step; the streams' carry goes from turn to turn.
     """
@@ -102,13 +119,7 @@ def make_step(turns: Sequence[Turn], teaching: Mapping[str, Teaching], mesh: Mes
             state = jax.lax.with_sharding_constraint(state, shardings(state, mesh))
         return state, metrics
 
-    jitted = jax.jit(step, donate_argnums=0)
-
-    def run(*args):
-        with using(mesh):
-            return jitted(*args)
-
-    return run
+    return Step(jax.jit(step, donate_argnums=0), mesh)
 
 
 def gradient(loss: Callable, params: Any, nets: Any, carry: Any, batch: Any, key: jax.Array, mesh: Mesh | None = None):

@@ -13,7 +13,6 @@ the first writes everything else.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import signal
 import threading
@@ -32,11 +31,11 @@ from longlive_jax import sharding
 from longlive_jax.config import to_dict
 from longlive_jax.errors import UserError
 from longlive_jax.training.checkpointing import Checkpoints
+from longlive_jax.training.first_state import first_state, teaching_of
 from longlive_jax.training.flops import count_flops, peak_flops
 from longlive_jax.training.footprint import check_memory
-from longlive_jax.training.learner import Learner, TrainState
+from longlive_jax.training.learner import TrainState
 from longlive_jax.training.metrics import Metrics, summary
-from longlive_jax.training.optimizer import make_optimizer
 from longlive_jax.training.runs import claim, hold, plain, release, shorten, shortened
 from longlive_jax.training.stages.base import Stage
 from longlive_jax.training.step import DEVICES, Teaching, arrange, gathered, make_step, own_places, put, shardings
@@ -166,22 +165,10 @@ class _Loop:
     # MARK: state
 
     def _teaching(self, phase) -> dict[str, Teaching]:
-        teaching = {}
-        for name in self.names:
-            config = self.config.optimizer
-            if not self.stage.averages(name):
-                config = dataclasses.replace(config, ema=0.0)
-            optimizer = make_optimizer(config, self.stage.rate(phase, name), self._length(phase))
-            teaching[name] = Teaching(optimizer, config)
-        return teaching
+        return teaching_of(self.stage, phase, self.names, self._length(phase))
 
     def _begin(self, params: dict[str, Any], phase) -> TrainState:
-        teaching = self._teaching(phase)
-
-        def begin(params: dict[str, Any]) -> TrainState:
-            learners = {n: Learner.begin(p, teaching[n].optimizer, teaching[n].config) for n, p in params.items()}
-            return TrainState.begin(learners, self.config.run.seed, self.stage.carry(phase))
-
+        begin = functools.partial(first_state, self.stage, phase, self._teaching(phase))
         if self.mesh is None:
             return put(begin(params), None)
         # Made where it lives: no device could hold all of it.

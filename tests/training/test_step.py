@@ -5,6 +5,7 @@ Four devices need a process of their own: this file, run.
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -210,8 +211,12 @@ def main(output: str) -> None:
         frozen = put({"embeds": jnp.ones((2, 6, 8))}, mesh)
         step = make_step([Turn("net", loss)], {"net": Teaching(optimizer, CONFIG)}, mesh)
         devices = 1 if mesh is None else mesh.size
+        batch = put(arrange({"x": x}, devices), mesh, streams=True)
+        if name == "half":
+            sent = sent_shapes(step.lower(state, frozen, batch).compile().as_text())
+            arrays["sent"] = np.array([",".join(map(str, shape)) for shape in sent])
         for _ in range(2):
-            state, metrics = step(state, frozen, put(arrange({"x": x}, devices), mesh, streams=True))
+            state, metrics = step(state, frozen, batch)
         learner = state.learners["net"]
         for path, leaf in jax.tree_util.tree_leaves_with_path(learner.params):
             arrays[f"{name}:{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
@@ -219,6 +224,14 @@ def main(output: str) -> None:
         kernel = learner.opt[0].trace["transformer"]["blocks"]["self_attn"]["q"]["kernel"]
         arrays[f"{name}-shard"] = np.array(kernel.addressable_shards[0].data.shape)
     np.savez(output, **arrays)
+
+
+def sent_shapes(program: str) -> set[tuple[int, ...]]:
+    """Shapes of all that crosses between devices, without axes of one."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    results = re.findall(rf" = (.*?) (?:{kinds})(?:-start)?\(", program)
+    found = [dims for result in results for dims in re.findall(r"\w+\[([\d,]*)\]", result)]
+    return {tuple(int(n) for n in dims.split(",") if n and n != "1") for dims in found}
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +251,15 @@ def test_a_step_is_the_same_on_a_mesh(four_devices, mesh):
     assert len(alone) > 20
     for name, value in alone.items():
         np.testing.assert_allclose(four_devices[f"{mesh}:{name}"], value, atol=1e-6, err_msg=name)
+
+
+def test_weights_and_gradients_cross_between_devices_and_no_activations(four_devices):
+    """The compiler left alone computes with parts of weights, and sends the activations of every layer around."""
+    sent = {tuple(int(n) for n in dims.split(",") if n) for dims in four_devices["sent"]}
+    shapes = [a.shape for name, a in four_devices.items() if name.startswith("alone:")]
+    known = {tuple(n for n in shape if n > 1) for shape in shapes} | {shape[1:] for shape in shapes}  # or of a layer
+    assert (24, 24) in sent and (24, 32) in sent, "weights of a layer"
+    assert sent <= known | {()}, sent - known
 
 
 def test_optimiser_states_are_cut_up(four_devices):

@@ -19,7 +19,7 @@ from toy_stage import Silent, ToyConfig, ToyPhase, ToyStage
 
 from longlive_jax import memory
 from longlive_jax.errors import UserError
-from longlive_jax.training import data, trainer
+from longlive_jax.training import data, first_state, trainer
 from longlive_jax.training.footprint import required_memory
 from longlive_jax.training.metrics import Metrics
 from longlive_jax.training.optimizer import make_optimizer
@@ -214,7 +214,7 @@ def test_a_phase_that_would_take_too_long_has_fewer_steps(tmp_path, monkeypatch)
         asked.append(steps)
         return make_optimizer(config, rate, steps)
 
-    monkeypatch.setattr(trainer, "make_optimizer", make)
+    monkeypatch.setattr(first_state, "make_optimizer", make)
     config = dataclasses.replace(ToyConfig(), phases=(ToyPhase("one", 30, minutes=1e-9), ToyPhase("two", 6)))
 
     def on_step(step):
