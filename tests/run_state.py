@@ -14,7 +14,11 @@ def stored_state(folder: Path, step: int | None = None):
     """All arrays of a run's checkpoint, by name, and the data's position; of the newest, or of a step's."""
     checkpoints = Checkpoints(folder / "state", keep=2, say=print)
     step = checkpoints.latest if step is None else step
-    everything = ocp.args.Composite(state=ocp.args.StandardRestore())
+    stored = checkpoints._manager.item_metadata(step)["state"]
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was written
+    like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
+    like = jax.tree.map(like, getattr(stored, "tree", stored))
+    everything = ocp.args.Composite(state=ocp.args.StandardRestore(like))
     restored = checkpoints._manager.restore(step, args=everything)["state"]
     positions = [json.loads(path.read_text()) for path in (folder / "state" / str(step) / "data").glob("*.json")]
     checkpoints.close()

@@ -6,6 +6,7 @@ OUTPUT/state/400/data/     position in the data (grain's; where our own iterator
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from longlive_jax.errors import UserError
 from longlive_jax.training.data import Batches
@@ -81,20 +83,21 @@ class Checkpoints:
         Returns:
           The state and the iterator.
 
+        What streams carry may have been stored for another mesh.
+
         Raises:
           UserError: the checkpoint is of another model, or damaged.
         """
         step = self.latest
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        self._compare(step, abstract)
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        stored = self._stored_shapes(step)
+        as_stored = lambda path, a: _as_stored(_name(path), a, stored)
+        abstract = jax.tree_util.tree_map_with_path(as_stored, wanted)
+        self._compare(step, stored, abstract)
         parts = {"state": ocp.args.StandardRestore(abstract)}
         iterator = iterator_at(step)
         if iterator is not None and not isinstance(iterator, Batches):
-            if not (self.folder / str(step) / "data").exists():
-                raise UserError(
-                    f"{self.folder / str(step)} was written without grain and has no position for it; give "
-                    "--run.workers 1, and our own processes draw the same data on from there"
-                )
+            self._find_position(step)
             parts["data"] = grain_checkpoint.CheckpointRestore(iterator)
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
@@ -103,13 +106,27 @@ class Checkpoints:
             raise UserError(
                 f"{self.folder / str(step)} cannot be read ({reason}); delete it to go on from the one before"
             ) from error
-        return restored["state"], iterator
+        return jax.tree.map(_regrouped, restored["state"], wanted), iterator
 
-    def _compare(self, step: int, abstract: Any) -> None:
-        """Refuses a checkpoint whose arrays have other names or shapes, naming the first that differs."""
+    def _find_position(self, step: int) -> None:
+        """Refuses data positions that are not for grain, or not for as many processes."""
+        data = self.folder / str(step) / "data"
+        mine = f"process_{jax.process_index()}-of-{jax.process_count()}.json"  # as grain names them
+        if (data / mine).exists():
+            return
+        by = "by another number of processes" if data.exists() else "without grain"
+        raise UserError(
+            f"{self.folder / str(step)} was written {by} and has no position for this one's data; give "
+            "--run.workers 1, and our own processes draw the same data on from there"
+        )
+
+    def _stored_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         stored = self._manager.item_metadata(step)["state"]
-        shapes = lambda tree: {_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
-        found, wanted = shapes(getattr(stored, "tree", stored)), shapes(abstract)
+        return _shapes(getattr(stored, "tree", stored))
+
+    def _compare(self, step: int, found: dict[str, tuple[int, ...]], abstract: Any) -> None:
+        """Refuses a checkpoint whose arrays have other names or shapes, naming the first that differs."""
+        wanted = _shapes(abstract)
         wrong = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
         if wrong:
             name = wrong[0]
@@ -141,6 +158,39 @@ class Checkpoints:
         for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
         self._manager = self._open()
+
+
+# MARK: another mesh
+#
+# What streams carry is [times, devices, ...], so a run that goes on with other devices finds it grouped otherwise.
+# Stream i is at (i // devices, i % devices) always: it is a reshape.
+
+
+def _as_stored(name: str, wanted: jax.ShapeDtypeStruct, stored: dict[str, tuple[int, ...]]) -> jax.ShapeDtypeStruct:
+    """What to read where as many streams are stored in other groups; else what is wanted, to be compared."""
+    shape = stored.get(name, wanted.shape)
+    same = shape[2:] == wanted.shape[2:] and math.prod(shape[:2]) == math.prod(wanted.shape[:2])
+    if shape == wanted.shape or not same or not name.startswith("carry/"):
+        return wanted
+    place = wanted.sharding
+    if isinstance(place, NamedSharding):
+        # Cut up along any axis that can be: no device could hold what all of them carry.
+        size = place.mesh.size
+        axis = next((i for i, n in reversed(list(enumerate(shape))) if n % size == 0), None)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, place.mesh.axis_names)
+        place = NamedSharding(place.mesh, spec)
+    return jax.ShapeDtypeStruct(shape, wanted.dtype, sharding=place)
+
+
+def _regrouped(array: Any, wanted: jax.ShapeDtypeStruct) -> Any:
+    if array.shape == wanted.shape:
+        return array
+    regroup = lambda a: a.reshape(wanted.shape)
+    return jax.jit(regroup, out_shardings=wanted.sharding)(array)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _name(path) -> str:

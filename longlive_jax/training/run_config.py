@@ -132,7 +132,7 @@ class RunConfig:
 
 
 HARMLESS = (
-    "save_every", "keep", "log_every", "validate_every", "minutes", "workers", "split_every", "device_gib",
-    "device_tflops", "max_skips", "tensorboard", "wandb",
+    "data", "fsdp", "save_every", "keep", "log_every", "validate_every", "minutes", "workers", "split_every",
+    "device_gib", "device_tflops", "max_skips", "tensorboard", "wandb",
 )  # fmt: skip
-"""Fields of `RunConfig` that may differ when a run goes on: they change no number."""
+"""Fields of `RunConfig` that may differ when a run goes on: they change no number (a mesh the order of sums only)."""
