@@ -37,8 +37,10 @@ from longlive_jax.training.stage_config import STAGES
 from longlive_jax.training.stages import stage_of
 
 
-def rows(stage_name: str, config_path: Path, topology: str, data: int, fsdp: int, changes: dict[str, Any]):
-    """One program at a time, as soon as it is compiled."""
+def rows(
+    stage_name: str, config_path: Path, topology: str, data: int, fsdp: int, changes: dict[str, Any], text: Path | None
+):
+    """One program at a time, as soon as it is compiled; its HLO into the folder `text`."""
     config = read_config(config_path, STAGES[stage_name])
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, data=data, fsdp=fsdp, **changes))
     stage = stage_of(config, Path("nowhere"), lambda line: print(line, file=sys.stderr))
@@ -57,6 +59,9 @@ def rows(stage_name: str, config_path: Path, topology: str, data: int, fsdp: int
         except jax.errors.JaxRuntimeError as error:
             yield out | {"error": " ".join(str(error).split())[:600]}
             continue
+        if text is not None:
+            text.mkdir(parents=True, exist_ok=True)
+            (text / f"{stage_name}-{step}.hlo").write_text(compiled.as_text())
         used = memory(compiled, 0)
         del used["cache"]
         yield out | {"compile_s": round(time.monotonic() - began, 1), "memory_gb": used, **census(compiled)}
@@ -94,10 +99,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--fsdp", type=int, default=8)
     parser.add_argument("--streams", type=int, help="of a batch; default: the settings'")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--text", type=Path, metavar="FOLDER", help="keep the compiled programs there, as HLO")
     args = parser.parse_args(argv)
     found = []
     changes = {} if args.streams is None else {"streams": args.streams}
-    for row in rows(args.stage, args.config, args.topology, args.data, args.fsdp, changes):
+    for row in rows(args.stage, args.config, args.topology, args.data, args.fsdp, changes, args.text):
         found.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
         if args.json:  # as it is made: a later program may run out of memory

@@ -258,8 +258,11 @@ def test_weights_and_gradients_cross_between_devices_and_no_activations(four_dev
     sent = {tuple(int(n) for n in dims.split(",") if n) for dims in four_devices["sent"]}
     shapes = [a.shape for name, a in four_devices.items() if name.startswith("alone:")]
     known = {tuple(n for n in shape if n > 1) for shape in shapes} | {shape[1:] for shape in shapes}  # or of a layer
-    assert (24, 24) in sent and (24, 32) in sent, "weights of a layer"
-    assert sent <= known | {()}, sent - known
+    halves = {(*shape[:i], n // 2, *shape[i + 1 :]) for shape in known for i, n in enumerate(shape)}
+    assert {(24, 24), (24, 32)} <= sent, "weights of a layer"
+    assert {(2, 12, 24), (2, 12, 32)} <= sent, "sums of gradients, each device its half"
+    assert not sent & {(2, 24, 24), (2, 24, 32)}, "and no device all of them"
+    assert sent <= known | halves | {()}, sent - known - halves
 
 
 def test_optimiser_states_are_cut_up(four_devices):
